@@ -1,0 +1,1 @@
+"""Writes: one knob a module."""

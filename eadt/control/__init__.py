@@ -1,0 +1,1 @@
+"""Pure decisions: no Ray, torch, NVML, clock or I/O in here."""

@@ -1,0 +1,1 @@
+"""Reads: sensors, meter, ledger, report."""
