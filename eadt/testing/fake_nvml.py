@@ -1,0 +1,222 @@
+"""A stateful stand-in for the ``pynvml`` module: one table row per GPU, in pynvml's own vocabulary.
+
+It answers in mW and mJ, raises pynvml's own error classes, and keeps what is set, so that the adapter
+:class:`eadt.adapters.nvml.Nvml` runs unchanged on it. Every injected fault that fires is recorded in
+:attr:`FakeNvml.fired`, for tests to assert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+
+from eadt.clock import Clock
+from eadt.testing.clock import FakeClock
+
+
+@dataclass
+class FakeGpu:
+    """State of one pretended GPU. Powers in W here; the fake's functions answer in mW.
+
+    Attributes:
+        power_w: What it draws now.
+        energy_j: Value of its energy counter.
+        has_energy_counter: Whether the counter exists (false: before Volta).
+        has_power: Whether the power reading exists (false: most vGPUs).
+        has_power_limit: Whether the limit can be read.
+    """
+
+    name: str = "Fake H100"
+    uuid: str = "GPU-00000000-0000-0000-0000-000000000000"
+    power_w: float = 100.0
+    energy_j: float = 5000.0
+    has_energy_counter: bool = True
+    has_power: bool = True
+    has_power_limit: bool = True
+    power_limit_w: float = 700.0
+    default_power_limit_w: float = 700.0
+    power_limit_range_w: tuple[float, float] = (200.0, 700.0)
+    utilisation_percentage: int = 50
+    used_bytes: int = 4 << 30
+    total_bytes: int = 80 << 30
+    compute_mode: int = 0
+    mig_enabled: bool = False
+    virtualisation_mode: int = 0
+
+
+@dataclass
+class _Fault:
+    code: int
+    index: int | None
+    remaining: int | None
+
+
+@dataclass
+class FakeNvml:
+    """Pass it as ``Nvml(library=FakeNvml(...))``. Energy counters follow ``clock`` and ``power_w``.
+
+    Args:
+        gpus: The GPUs, in NVML's order.
+        clock: What the energy counters advance by.
+        privileged: Whether a power limit may be set.
+        driver_loaded: False makes ``nvmlInit`` fail as on a machine without a driver.
+    """
+
+    gpus: list[FakeGpu] = field(default_factory=lambda: [FakeGpu()])
+    clock: Clock = field(default_factory=FakeClock)
+    privileged: bool = True
+    driver_loaded: bool = True
+    calls: Counter[str] = field(default_factory=Counter)
+    fired: list[tuple[str, int]] = field(default_factory=list)
+
+    NVMLError = pynvml.NVMLError
+
+    def __post_init__(self) -> None:
+        self.num_inits = 0
+        self._faults: dict[str, list[_Fault]] = {}
+        self._integrated_at_s = self.clock.monotonic_s()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only the constants come from pynvml; a function that the fake lacks must not reach a driver.
+        if name.startswith("NVML_"):
+            return getattr(pynvml, name)
+        raise AttributeError(name)
+
+    def fail(self, function: str, code: int, *, index: int | None = None, times: int | None = None) -> None:
+        """Make ``function`` raise NVML error ``code``, for one GPU or all, ``times`` times or for good."""
+        self._faults.setdefault(function, []).append(_Fault(code, index, times))
+
+    def heal(self, function: str) -> None:
+        """Take all faults of ``function`` away."""
+        self._faults.pop(function, None)
+
+    def set_power_w(self, index: int, power_w: float) -> None:
+        """Change a GPU's draw from now on."""
+        self._integrate()
+        self.gpus[index].power_w = power_w
+
+    def _integrate(self) -> None:
+        now_s = self.clock.monotonic_s()
+        for gpu in self.gpus:
+            gpu.energy_j += gpu.power_w * (now_s - self._integrated_at_s)
+        self._integrated_at_s = now_s
+
+    def _enter(self, function: str, index: int | None = None) -> None:
+        self.calls[function] += 1
+        if self.num_inits == 0 and function != "nvmlInit":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        for fault in self._faults.get(function, ()):
+            if fault.index in (None, index) and fault.remaining != 0:
+                if fault.remaining is not None:
+                    fault.remaining -= 1
+                self.fired.append((function, fault.code))
+                raise pynvml.NVMLError(fault.code)
+
+    def _gpu(self, function: str, handle: int, supported: bool = True) -> FakeGpu:
+        self._enter(function, handle)
+        if not supported:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        self._integrate()
+        return self.gpus[handle]
+
+    def nvmlInit(self) -> None:
+        """Count a reference, as NVML does."""
+        self._enter("nvmlInit")
+        if not self.driver_loaded:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        self.num_inits += 1
+
+    def nvmlShutdown(self) -> None:
+        """Give a reference back."""
+        self._enter("nvmlShutdown")
+        self.num_inits -= 1
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        """A made-up version."""
+        self._enter("nvmlSystemGetDriverVersion")
+        return "999.00.fake"
+
+    def nvmlDeviceGetCount(self) -> int:
+        """Number of GPUs."""
+        self._enter("nvmlDeviceGetCount")
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        """The handle is the index."""
+        self._enter("nvmlDeviceGetHandleByIndex", index)
+        if not 0 <= index < len(self.gpus):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        """Marketing name."""
+        return self._gpu("nvmlDeviceGetName", handle).name
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        """UUID."""
+        return self._gpu("nvmlDeviceGetUUID", handle).uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        """mJ since the driver was loaded."""
+        supported = self.gpus[handle].has_energy_counter
+        return round(self._gpu("nvmlDeviceGetTotalEnergyConsumption", handle, supported).energy_j * 1000)
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        """Draw in mW."""
+        return round(self._gpu("nvmlDeviceGetPowerUsage", handle, self.gpus[handle].has_power).power_w * 1000)
+
+    def nvmlDeviceGetPowerManagementLimit(self, handle: int) -> int:
+        """Limit in force in mW."""
+        supported = self.gpus[handle].has_power_limit
+        return round(self._gpu("nvmlDeviceGetPowerManagementLimit", handle, supported).power_limit_w * 1000)
+
+    def nvmlDeviceGetPowerManagementDefaultLimit(self, handle: int) -> int:
+        """Limit at boot in mW."""
+        supported = self.gpus[handle].has_power_limit
+        gpu = self._gpu("nvmlDeviceGetPowerManagementDefaultLimit", handle, supported)
+        return round(gpu.default_power_limit_w * 1000)
+
+    def nvmlDeviceGetPowerManagementLimitConstraints(self, handle: int) -> list[int]:
+        """Least and greatest limit in mW."""
+        supported = self.gpus[handle].has_power_limit
+        gpu = self._gpu("nvmlDeviceGetPowerManagementLimitConstraints", handle, supported)
+        return [round(limit_w * 1000) for limit_w in gpu.power_limit_range_w]
+
+    def nvmlDeviceSetPowerManagementLimit(self, handle: int, limit_mw: int) -> None:
+        """Set the limit; needs privilege; outside the range is an invalid argument."""
+        gpu = self._gpu("nvmlDeviceSetPowerManagementLimit", handle, self.gpus[handle].has_power_limit)
+        if not self.privileged:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        least_w, greatest_w = gpu.power_limit_range_w
+        if not least_w * 1000 <= limit_mw <= greatest_w * 1000:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        gpu.power_limit_w = limit_mw / 1000
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
+        """Percentages; not supported under MIG, as on real cards."""
+        gpu = self._gpu("nvmlDeviceGetUtilizationRates", handle, not self.gpus[handle].mig_enabled)
+        return SimpleNamespace(gpu=gpu.utilisation_percentage, memory=gpu.utilisation_percentage // 2)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        """Bytes used, free and total."""
+        gpu = self._gpu("nvmlDeviceGetMemoryInfo", handle)
+        return SimpleNamespace(
+            used=gpu.used_bytes, free=gpu.total_bytes - gpu.used_bytes, total=gpu.total_bytes
+        )
+
+    def nvmlDeviceGetComputeMode(self, handle: int) -> int:
+        """Compute mode."""
+        return self._gpu("nvmlDeviceGetComputeMode", handle).compute_mode
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        """Current and pending MIG mode."""
+        enabled = int(self._gpu("nvmlDeviceGetMigMode", handle).mig_enabled)
+        return [enabled, enabled]
+
+    def nvmlDeviceGetVirtualizationMode(self, handle: int) -> int:
+        """Virtualisation mode."""
+        return self._gpu("nvmlDeviceGetVirtualizationMode", handle).virtualisation_mode
