@@ -13,7 +13,7 @@ from eadt.config.control import (
     ScheduleEntry,
     SupervisorConfig,
 )
-from eadt.config.loading import ConfigProblem, InvalidConfigError, config_from_dict, load_config
+from eadt.config.loading import ConfigProblem, InvalidConfigError, config_from_dict, load_config, problem_at
 from eadt.config.outside import (
     CheckpointConfig,
     PowerConfig,
@@ -64,6 +64,7 @@ __all__ = [
     "inactive_settings",
     "json_schema",
     "load_config",
+    "problem_at",
     "reference_markdown",
     "require_paths",
 ]

@@ -253,12 +253,15 @@ def _problems(
     """
     details = error.errors(include_url=False)
     wrong = [d for d in details if d["type"] != CONFLICT]
-    found = [_problem(d, file, lines) for d in details]
+    # A key that is no text was found with its line when the file was read.
+    found = [_problem(d, file, lines) for d in details if d["type"] != "invalid_key" or file is None]
+    meant = {p.nearest for p in found if p.nearest}
+    found = [p for p in found if not (p.message == _MISSING and p.key in meant)]
     if wrong:
-        removed = [split_key(p.nearest) for p in found if p.nearest]
+        removed = [split_key(key) for key in meant]
         pruned = copy.deepcopy(data)
         for detail in wrong:
-            removed.append(_prune(pruned, detail))
+            removed += [loc for loc in [_prune(pruned, detail)] if loc]
         try:
             RunConfig.model_validate(pruned)
         except ValidationError as second:
@@ -306,16 +309,18 @@ def _unknown(loc: tuple[str | int, ...]) -> tuple[str | None, str]:
     name = str(loc[-1])
     model = _model_at(loc[:-1])
     siblings = _keys(model) if model else []
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    if near:
-        return join_key((*loc[:-1], near[0])), f"unknown key; did you mean {near[0]}?"
-    for path in _all_keys(RunConfig, ()):
-        if path[-1] == name:
-            return None, f"unknown key here; there is {join_key(path)}"
-    everywhere = {str(path[-1]): path for path in _all_keys(RunConfig, ())}
-    near = difflib.get_close_matches(name, list(everywhere), n=1, cutoff=0.8)
-    if near:
-        return join_key(everywhere[near[0]]), f"unknown key; did you mean {join_key(everywhere[near[0]])}?"
+    # Of several sections with such a key, the one nearest to the root is meant.
+    paths = sorted(_all_keys(RunConfig, ()), key=len, reverse=True)
+    elsewhere = {path[-1]: join_key(path) for path in paths}
+    # Nearest first: a slip of the pen here, the right name in the wrong section, then the less alike.
+    for cutoff in (0.8, 0.6):
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=cutoff)
+        if near:
+            return join_key((*loc[:-1], near[0])), f"unknown key; did you mean {near[0]}?"
+        near = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=max(cutoff, 0.8))
+        if near:
+            place = elsewhere[near[0]]
+            return place, f"unknown key here; did you mean {place}?"
     return None, f"unknown key; valid here are {', '.join(siblings)}"
 
 
@@ -354,6 +359,7 @@ def nested_section(annotation: Any) -> type[Section] | None:
     return None
 
 
+_MISSING = "is missing; a run needs it"
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -389,7 +395,7 @@ def _message(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(value), re.split(r", | or ", expected), n=1)
         return f"must be {expected}, not {value!r}" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "missing":
-        return "is missing; a run needs it"
+        return _MISSING
     if kind == "string_too_short":
         return "must not be empty; leave the key out for the default"
     if kind == "string_pattern_mismatch":

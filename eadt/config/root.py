@@ -143,8 +143,9 @@ class RunConfig(Section):
         if self.supervisor.enabled and self.supervisor.decision_interval < observe_s:
             yield conflict(
                 f"{self.supervisor.decision_interval:g} s is shorter than "
-                f"training.energy_monitoring_interval ({observe_s:g} s), so there would be nothing new to decide on: raise "
-                "supervisor.decision_interval or lower training.energy_monitoring_interval",
+                f"training.energy_monitoring_interval ({observe_s:g} s), so there would be nothing new "
+                "to decide on: raise supervisor.decision_interval or lower "
+                "training.energy_monitoring_interval",
                 "supervisor.decision_interval",
                 "training.energy_monitoring_interval",
             )

@@ -171,14 +171,15 @@ class TrainingConfig(Section):
                     "model_type, or train_function",
                     *model_keys,
                 )
-            if self.tokenizer_name_or_path is None:
+            elif self.tokenizer_name_or_path is None:
                 yield conflict(
                     "a model without model_name_or_path brings no tokenizer: set tokenizer_name_or_path (a "
                     "hub name, a folder, or byte)",
                     "training.tokenizer_name_or_path",
                     *model_keys,
                 )
-            if self.model_init == "pretrained" and "model_init" in self.model_fields_set:
+            wants_weights = self.model_init == "pretrained" and "model_init" in self.model_fields_set
+            if model_type is not None and wants_weights:
                 yield conflict(
                     "pretrained weights need model_name_or_path: set it, or model_init: random",
                     "training.model_init",
