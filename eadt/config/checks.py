@@ -100,7 +100,7 @@ def _data_problem(path: Path, pattern: str | None) -> str | None:
         return f"{path} is empty" if path.stat().st_size == 0 else None
     files = path.glob(pattern) if pattern else path.rglob("*")
     visible = (f for f in files if f.is_file() and not f.name.startswith("."))
-    sizes = [size for size in _first_nonempty(visible)]
+    sizes = list(_first_nonempty(visible))
     if not sizes:
         which = f"matches {pattern!r}" if pattern else "is in it"
         return f"the folder {path} holds no data: no file {which}"
