@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from eadt.adapters.nvml import Nvml
+from eadt.config import PowerConfig
 from eadt.errors import (
     DevicePermissionError,
     DeviceUnsupportedError,
@@ -29,13 +29,8 @@ from eadt.testing.fake_nvml import FakeGpu, FakeNvml
 from eadt.units import Quality
 
 
-def power_config(source: str = "auto", num_gpus: int = 1) -> SimpleNamespace:
-    return SimpleNamespace(
-        source=source,
-        sampling_interval=1.0,
-        estimate=SimpleNamespace(idle_w=15.0, per_core_w=12.0),
-        simulated=SimpleNamespace(num_gpus=num_gpus, idle_w=70.0, max_w=300.0, seed=0),
-    )
+def power_config(source: str = "auto", num_gpus: int = 1) -> PowerConfig:
+    return PowerConfig.model_validate({"source": source, "simulated": {"num_gpus": num_gpus}})
 
 
 class Machine:

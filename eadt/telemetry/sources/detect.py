@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eadt.adapters.nvml import Nvml
 from eadt.clock import SYSTEM_CLOCK, Clock
+from eadt.config import PowerConfig
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.telemetry.sources.base import Component, PowerSource, UnmeasuredSource
 from eadt.telemetry.sources.estimate import CpuEstimateSource
@@ -16,9 +17,6 @@ from eadt.telemetry.sources.nvml import NvmlSource
 from eadt.telemetry.sources.rapl import POWERCAP_ROOT, RaplSource
 from eadt.telemetry.sources.simulated import SimulatedGpuSource
 from eadt.telemetry.utilisation import PROC_STAT, CpuTimes, machine_id
-
-if TYPE_CHECKING:
-    from eadt.config import PowerConfig
 
 _FORCED_FIX = "Set power.source to auto, or to a source that this machine has (`eadt doctor` lists them)."
 
