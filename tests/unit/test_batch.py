@@ -58,7 +58,7 @@ def test_a_plan_holds_the_batch_exactly_or_is_refused_with_the_counts_that_can(
 def test_the_error_names_the_counts_and_survives_pickling() -> None:
     with pytest.raises(InfeasibleBatchError, match=r"12 samples .* 5 workers") as caught:
         plan_batch(12, 5, 4)
-    error = pickle.loads(pickle.dumps(caught.value))
+    error: InfeasibleBatchError = pickle.loads(pickle.dumps(caught.value))
     assert isinstance(error, ConfigError)
     assert isinstance(error, ValueError)
     assert error.code == "EADT-210"

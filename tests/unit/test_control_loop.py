@@ -405,3 +405,33 @@ def test_a_run_whose_levers_are_off_only_measures(section: str, reason: str) -> 
     (effect,) = effects
     assert isinstance(effect, RecordDecision)
     assert reason in effect.row["reason"]
+
+
+def test_two_cores_go_down_and_up_by_their_own_measurements() -> None:
+    """The demonstration's way: 15 W idle and 12 W a core, two ranks cost 5 % of throughput."""
+
+    def two_cores(setpoint: Setpoint) -> tuple[float, float]:
+        cores = 2 * min(1.0, setpoint.num_workers * setpoint.mps_active_thread_percentage / 100)
+        return 15 + 12 * cores, 10 * cores * (1.0 if setpoint.num_workers == 1 else 0.95)
+
+    policy = ThresholdPolicy(
+        power_high_w=33,
+        power_low_w=30,
+        efficiency_low=0.2,
+        efficiency_high=0.6,
+        thread_increase_step=75,
+        thread_scale_step=50,
+        max_workers_per_gpu=2,
+    )
+    job = Job(two_cores, policy=policy)
+    job.setpoint = Setpoint(2, 2, 25)
+    job.loop = ControlLoop(job.guard, job.setpoint, job.settings)
+    changes: list[tuple[str, int, int]] = []
+    for _ in range(25):
+        if asked := job.minute(remaining_s=600.0):
+            target = asked.setpoint
+            changes.append((str(asked.action), target.num_workers, target.mps_active_thread_percentage))
+            job.apply(asked)
+    assert changes == [("increase", 1, 100), ("scale_replicas", 2, 50), ("revert", 1, 100)]
+    outcomes = {row["decision_id"]: row["outcome"] for row in job.rows}
+    assert list(outcomes.values())[:3] == ["kept", "reverted", "kept"]
