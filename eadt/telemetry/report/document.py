@@ -19,6 +19,7 @@ from eadt.telemetry.ledger import LedgerContents, read_ledger
 from eadt.telemetry.report.accounting import Account, Booked, Row, account_for
 from eadt.telemetry.report.series import Series, build_series
 from eadt.telemetry.report.timeline import USES, Use
+from eadt.units import format_duration
 
 LEDGER_FOLDER = "ledger"
 """Name of the ledger's folder within a run's folder."""
@@ -393,8 +394,8 @@ def _state(runs: Sequence[Row], last_unix_s: float, now_unix_s: float) -> tuple[
     silent_s = now_unix_s - last_unix_s
     if silent_s > max(_SILENT_S, 3 * float(interval_s)):
         return "crashed", (
-            f"The run did not end: its last entry is {silent_s:.0f} s old, so it has probably crashed. "
-            "The same command resumes it."
+            f"The run did not end: its last entry is {format_duration(silent_s)} old, so it has "
+            "probably crashed. The same command resumes it."
         )
     return "running", "The run is not at its end yet."
 

@@ -34,6 +34,15 @@ _SETPOINT_NAMES = {
     "power_limit_w": ("power limit", " W"),
     "num_frozen_layers": ("frozen layers", ""),
 }
+_UNITS = {
+    "samples_per_second": " samples/s",
+    "tokens_per_second": " tokens/s",
+    "samples_per_j": " samples/J",
+    "_percentage": " %",
+    "_w": " W",
+    "_j": " J",
+    "_s": " s",
+}
 _USE_MEANINGS = {
     "useful": "steps that count",
     "restart": "starting and changing the engines",
@@ -78,27 +87,32 @@ def change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
         old = before.get(name) if before else None
         if old != value:
             label, unit = _SETPOINT_NAMES.get(name, (name.replace("_", " "), ""))
-            parts.append(f"{label} {_value(old)}{unit} → {_value(value)}{unit}")
+            parts.append(f"{label} {_value(old, unit)} → {_value(value, unit)}")
     return ", ".join(parts) or "no change"
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, unit: str = "") -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "unset"}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (f"{value:.4g}" if isinstance(value, float) else str(value)) + unit
+
+
+def quantity(name: str, value: Any) -> str:
+    """A field of ours with the unit that its name tells: ``power_w`` 420 is ``power 420 W``."""
+    suffix = next((end for end in _UNITS if name.endswith(end)), "")
+    label = name.removesuffix(suffix).strip("_").replace("_", " ")
+    return f"{label} {_value(value)}{_UNITS.get(suffix, '')}".strip()
 
 
 def pairs(values: Mapping[str, Any] | None) -> str:
-    """A small mapping as text: ``power w 420, samples per second 10.2``."""
-    if not values:
-        return ""
+    """A small mapping as text: ``power 420 W, 10.2 samples/s``."""
     parts: list[str] = []
-    for name, value in values.items():
+    for name, value in (values or {}).items():
         if isinstance(value, Mapping):
-            parts.append(f"{name}: ({pairs(value)})")
+            parts.append(f"{name.replace('_', ' ')}: {pairs(value)}" if value else "")
         elif value is not None:
-            parts.append(f"{name} {_value(value)}")
-    return ", ".join(parts)
+            parts.append(quantity(name, value))
+    return ", ".join(part for part in parts if part)
 
 
 def cell(value: object) -> str:
@@ -205,6 +219,7 @@ def _panels(report: Report) -> list[svg.Panel]:
             [svg.Line("workers", "c-4", setpoint.at_s, workers, steps=True)],
             "not known",
             height=70,
+            whole=True,
         ),
         svg.Panel(
             "Share of each engine, % of its device",
@@ -248,6 +263,7 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     has_validation = loss.validation_first is not None and loss.validation_last is not None
     first, last = (loss.validation_first, loss.validation_last) if has_validation else (loss.first, loss.last)
     kind = "validation loss" if has_validation else "training loss"
+    num_resized = sum(resize.from_workers != resize.to_workers for resize in report.resizes)
     steps = f"{count(report.lost_steps)} lost" if report.lost_steps else "none lost"
     return [
         {"value": _total_text(report), "name": "energy", "note": label},
@@ -273,6 +289,11 @@ def _tiles(report: Report) -> list[dict[str, str]]:
             "value": f"{number(first)} → {number(last)}" if first is not None else NOT_MEASURED,
             "name": kind,
             "note": "first → last",
+        },
+        {
+            "value": count(len(report.resizes)),
+            "name": "changes of the setpoint",
+            "note": f"{num_resized} of the worker count" if report.resizes else "none carried out",
         },
         {
             "value": format_duration(report.run.wall_s),

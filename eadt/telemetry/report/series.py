@@ -133,40 +133,51 @@ def _sampling_s(account: Account) -> float:
 def _power(
     account: Account, end_s: float, at_least_s: float, num: int
 ) -> tuple[_Bins, dict[str, list[float | None]]]:
-    """Mean power per bin by component, and ``total`` where all components that should be are known."""
-    expected: dict[str, _Bins] = {}
-    known: dict[str, _Bins] = {}
+    """Mean power per bin by component, over all nodes, and its ``total``.
+
+    Known only where every node that should have measured in a bin did so for most of it: what one
+    node did not measure is never inferred from the others.
+    """
     frame = _empty(end_s, at_least_s, num)
+    sources: dict[str, list[tuple[_Bins, _Bins]]] = {}  # (should be measured, was measured) per time base
     for base, _ in account.bases:
         span = base.span
         if span is None:
             continue
         of_base: dict[str, _Bins] = {}
         for component in base.components:
-            bins = expected.setdefault(component, _empty(end_s, at_least_s, num))
-            bins.add(account.axis_s(base, span[0]), account.axis_s(base, span[1]), 0.0)
-            of_base[component] = known.setdefault(component, _empty(end_s, at_least_s, num))
+            should, did = _empty(end_s, at_least_s, num), _empty(end_s, at_least_s, num)
+            should.add(account.axis_s(base, span[0]), account.axis_s(base, span[1]), 0.0)
+            sources.setdefault(component, []).append((should, did))
+            of_base[component] = did
         for piece in base.energy:
             if piece.energy_j is not None:
                 t0, t1 = account.axis_s(base, piece.t0), account.axis_s(base, piece.t1)
                 of_base[piece.component].add(t0, t1, piece.energy_j)
-    by_component: dict[str, list[float | None]] = {}
-    for component in sorted(known):
-        of_component: list[float | None] = []
-        for place in range(frame.num):
-            should, did = expected[component].seconds[place], known[component].seconds[place]
-            if should <= 0 or did < _MIN_MEASURED_FRACTION * should:
-                of_component.append(None)
-            else:  # over the nodes: energy per measured second, times the nodes that were there
-                mean_per_node = known[component].amounts[place] / did
-                of_component.append(mean_per_node * max(should / frame.seconds_in(place), 1.0))
-        by_component[component] = of_component
+    by_component: dict[str, list[float | None]] = {
+        component: [
+            _mean_power(sources[component], place, frame.seconds_in(place)) for place in range(frame.num)
+        ]
+        for component in sorted(sources)
+    }
     total: list[float | None] = []
     for place in range(frame.num):
-        present = [c for c in by_component if expected[c].seconds[place] > 0]
-        values = [by_component[component][place] for component in present]
-        total.append(None if not values or None in values else math.fsum(v for v in values if v is not None))
+        present = [c for c in by_component if any(should.seconds[place] > 0 for should, _ in sources[c])]
+        known = [value for c in present if (value := by_component[c][place]) is not None]
+        total.append(math.fsum(known) if known and len(known) == len(present) else None)
     return frame, by_component | {"total": total}
+
+
+def _mean_power(of_nodes: list[tuple[_Bins, _Bins]], place: int, bin_s: float) -> float | None:
+    energy_j = covered_s = 0.0
+    for should, did in of_nodes:
+        if should.seconds[place] <= 0:
+            continue
+        if did.seconds[place] < _MIN_MEASURED_FRACTION * should.seconds[place]:
+            return None
+        energy_j += did.amounts[place] / did.seconds[place] * should.seconds[place]
+        covered_s += should.seconds[place]
+    return energy_j / min(covered_s, bin_s) if covered_s else None
 
 
 def _rounded(values: dict[str, list[float | None]]) -> dict[str, list[float | None]]:

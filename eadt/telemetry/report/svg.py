@@ -34,13 +34,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: a title with its unit, lines, and what to say when there is no value at all."""
+    """One plot: a title with its unit, lines, and what to say when there is no value at all.
+
+    ``whole`` labels whole numbers only; ``shaded`` are (start, end, title) on the time axis.
+    """
 
     title: str
     lines: Sequence[Line]
     empty: str
     height: int = 120
     from_zero: bool = True
+    whole: bool = False
     at_most: float | None = None
     shaded: Sequence[tuple[float, float, str]] = ()
 
@@ -163,6 +167,8 @@ def _panel(panel: Panel, axis: _Axis, top: float) -> list[str]:
         return None if value is None else bottom - panel.height * (value - low) / (high - low)
 
     for tick in ticks(low, high, max(panel.height // 34, 2)):
+        if panel.whole and tick != round(tick):
+            continue
         at = y(tick)
         assert at is not None
         out.append(
@@ -189,7 +195,7 @@ def _marks(marks: Sequence[Mark], axis: _Axis, bottom: float) -> list[str]:
     for mark in sorted(marks, key=lambda mark: mark.at_s):
         x = axis.x(mark.at_s)
         out.append(f'<g class="mark {mark.css}"><title>{escape(mark.title)}</title>')
-        out.append(f'<path d="M{_f(x)} {18 + 0 * mark.lane}V{_f(bottom)}"/>')
+        out.append(f'<path d="M{_f(x)} 18V{_f(bottom)}"/>')
         left = x - (_TAG_WIDTH if mark.lane == 0 else 0)  # two kinds at one moment stand side by side
         if left >= free_from.get(mark.lane, -1.0):
             out.append(f'<rect x="{_f(left)}" y="2" width="{_TAG_WIDTH}" height="16" rx="3"/>')
