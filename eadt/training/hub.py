@@ -19,6 +19,9 @@ from eadt.errors import ConfigError, EadtError, EnvironmentFailure
 
 T = TypeVar("T")
 
+_WITHOUT_OWNER = {"wikitext": "Salesforce/wikitext"}
+"""Data sets known by a name without owner that are found in the cache without asking the hub."""
+
 _PROBE_TIMEOUT_S = 5.0
 _NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError", "HFValidationError"}
 _REFUSED = {"GatedRepoError", "DatasetAccessError"}
@@ -126,19 +129,35 @@ def load_dataset(name: str, config_name: str | None, *, key: str) -> Any:
     datasets = _module("datasets")
     quiet_datasets()
     if hub_reachable():
-        return _translated(lambda: datasets.load_dataset(name, config_name), "data set", name, key)
-    try:
-        with hub_offline():
-            return datasets.load_dataset(name, config_name)
-    except Exception as error:
-        raise unreachable("data set", name, key) from error
+        full_name = _translated(lambda: full_dataset_name(name), "data set", name, key)
+        return _translated(lambda: datasets.load_dataset(full_name, config_name), "data set", name, key)
+    with hub_offline():
+        for candidate in dict.fromkeys((_WITHOUT_OWNER.get(name, name), name)):
+            try:
+                return datasets.load_dataset(candidate, config_name)
+            except Exception as error:  # whatever it is, this name is not in the cache
+                reason = error
+    raise unreachable("data set", name, "training.dataset_path") from reason
+
+
+def full_dataset_name(name: str) -> str:
+    """``owner/name`` of a data set that is known by its name alone, as the hub redirects it. Asks the hub.
+
+    ``load_dataset`` itself cannot: from ``HfUri`` on (huggingface_hub 1.x), it fails on names without
+    owner (huggingface/optimum#2446).
+    """
+    if "/" in name:
+        return name
+    if name in _WITHOUT_OWNER:
+        return _WITHOUT_OWNER[name]
+    return str(_module("huggingface_hub").HfApi().dataset_info(name, timeout=4 * _PROBE_TIMEOUT_S).id)
 
 
 def unreachable(what: str, name: str, key: str) -> EnvironmentFailure:
     """The error for something that is not in the cache while the hub does not answer."""
     return EnvironmentFailure(
         f"The {what} {name} is not in the local cache, and the Hugging Face hub cannot be reached.",
-        code="EADT-320",
+        code="EADT-360",
         means="Nothing was started.",
         fix=f"connect this machine (HF_ENDPOINT and HTTPS_PROXY are honoured), copy a cache to HF_HOME, or "
         f"set {key} to a local folder.",
@@ -160,13 +179,13 @@ def _translate(error: BaseException, what: str, name: str, key: str) -> EadtErro
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return EnvironmentFailure(
             f"The {what} {name} cannot be stored: {os.strerror(error.errno)}.",
-            code="EADT-322",
+            code="EADT-362",
             fix="free space, or set HF_HOME to a folder on a disk with room.",
         )
     if causes & _REFUSED:
         return EnvironmentFailure(
             f"The hub refuses access to the {what} {name}.",
-            code="EADT-321",
+            code="EADT-361",
             fix="accept its terms on huggingface.co and log in with `hf auth login`, or set HF_TOKEN.",
         )
     if causes & _NOT_FOUND:

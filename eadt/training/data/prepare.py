@@ -361,7 +361,7 @@ def _too_short(source: Source, num_tokens: int, length: int, fraction: float) ->
 def _cannot_write(cache_dir: Path, error: OSError) -> EnvironmentFailure:
     return EnvironmentFailure(
         f"The tokenised data cannot be written to {cache_dir}: {error.strerror or error}.",
-        code="EADT-322",
+        code="EADT-362",
         means="Nothing was started; an earlier cache is untouched.",
         fix="free space on that disk or make the folder writable.",
     )

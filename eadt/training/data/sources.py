@@ -101,7 +101,7 @@ def _stdlib_source() -> Source:
     if not files:
         raise EnvironmentFailure(
             f"This Python has no sources of its standard library in {root}.",
-            code="EADT-324",
+            code="EADT-364",
             means=f"dataset_path: {PYTHON_STDLIB} has nothing to train on.",
             fix="install the standard library's sources (python3 of a distribution has them), or set "
             "training.dataset_path to a folder of text.",

@@ -162,7 +162,7 @@ def open_prepared(path: Path | str) -> TokenDataset:
     if prepared is None:
         raise EnvironmentFailure(
             f"There is no complete tokenised data set in {path}.",
-            code="EADT-323",
+            code="EADT-363",
             means="This process cannot train.",
             fix="start the run again: it is made anew. On several nodes, each must have or make its own.",
         )
