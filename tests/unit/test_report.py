@@ -338,6 +338,12 @@ def test_holds_are_listed_but_not_marked(tmp_path: Path) -> None:
     assert "1 further decision left the setpoint as it was" in render_markdown(report)
 
 
+def test_counts_have_whole_ticks() -> None:
+    assert ticks(0.0, 4.3, 2, whole=True) == [0.0, 2.0, 4.0]
+    assert ticks(0.0, 2.2, 3, whole=True) == [0.0, 1.0, 2.0]
+    assert ticks(0.0, 1.1, 2, whole=True) == [0.0, 1.0]
+
+
 def test_words() -> None:
     assert change({"num_workers": 4, "precision": "fp32"}, {"num_workers": 2, "precision": "bf16"}) == (
         "workers 4 → 2, precision fp32 → bf16"

@@ -278,12 +278,12 @@ def _tiles(report: Report) -> list[dict[str, str]]:
             "note": label,
         },
         {
-            "value": f"{number(report.samples_per_second)} /s",
-            "name": "samples",
+            "value": number(report.samples_per_second, "samples/s"),
+            "name": "throughput",
             "note": "whole job, over all time",
         }
         if report.samples_per_second is not None
-        else {"value": "none yet", "name": "samples", "note": "whole job"},
+        else {"value": "no samples yet", "name": "throughput", "note": "whole job"},
         {"value": count(report.optimizer_steps), "name": "optimizer steps", "note": steps},
         {
             "value": f"{number(first)} → {number(last)}" if first is not None else NOT_MEASURED,

@@ -70,13 +70,16 @@ class Band:
     title: str
 
 
-def ticks(low: float, high: float, num: int) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about ``num`` of them."""
+def ticks(low: float, high: float, num: int, *, whole: bool = False) -> list[float]:
+    """Round numbers from ``low`` to ``high``, about ``num`` of them; ``whole`` for counts."""
     span = high - low
     if span <= 0:
         return [low]
     raw = span / max(num, 1)
     magnitude = 10.0 ** math.floor(math.log10(raw))
+    if whole:
+        every = max(round(raw), 1)
+        return [float(tick) for tick in range(math.ceil(low), math.floor(high) + 1, every)]
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [float(f"{place * step:.12g}") for place in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -131,9 +134,9 @@ def _panel(panel: Panel, axis: _Axis, top: float) -> list[str]:
     x = float(WIDTH - RIGHT)
     if len(panel.lines) > 1:
         for line in reversed(panel.lines):
-            x -= 6.6 * len(line.name)
+            x -= 7.2 * len(line.name)
             out.append(f'<text class="legend" x="{_f(x)}" y="{_f(top - 8)}">{escape(line.name)}</text>')
-            x -= 20
+            x -= 22
             mark = (
                 f'<circle class="dot {line.css}" cx="{_f(x + 8)}" cy="{_f(top - 12)}" r="3"/>'
                 if line.dots
@@ -166,9 +169,7 @@ def _panel(panel: Panel, axis: _Axis, top: float) -> list[str]:
     def y(value: float | None) -> float | None:
         return None if value is None else bottom - panel.height * (value - low) / (high - low)
 
-    for tick in ticks(low, high, max(panel.height // 34, 2)):
-        if panel.whole and tick != round(tick):
-            continue
+    for tick in ticks(low, high, max(panel.height // 34, 2), whole=panel.whole):
         at = y(tick)
         assert at is not None
         out.append(
