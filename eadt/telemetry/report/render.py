@@ -268,12 +268,12 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     return [
         {"value": _total_text(report), "name": "energy", "note": label},
         {
-            "value": number(report.joules_per_sample, "J" if report.joules_per_sample is not None else ""),
+            "value": number(report.joules_per_sample, "J"),
             "name": "energy per sample",
             "note": label,
         },
         {
-            "value": number(report.mean_power_w, "W" if report.mean_power_w is not None else ""),
+            "value": number(report.mean_power_w, "W"),
             "name": "mean power",
             "note": label,
         },
