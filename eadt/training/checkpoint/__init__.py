@@ -1,0 +1,29 @@
+"""Checkpoints: states of a run made durable, in any storage that Ray's ``storage_path`` takes.
+
+Knows no torch and no Ray; a node agent writes and reads its own shards, the coordinator publishes.
+"""
+
+from __future__ import annotations
+
+from eadt.training.checkpoint.manifest import (
+    CheckpointCorruptError,
+    CheckpointInfo,
+    Kind,
+    Manifest,
+    Rejected,
+    Shard,
+)
+from eadt.training.checkpoint.storage import Storage
+from eadt.training.checkpoint.store import CheckpointStore, new_attempt
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointInfo",
+    "CheckpointStore",
+    "Kind",
+    "Manifest",
+    "Rejected",
+    "Shard",
+    "Storage",
+    "new_attempt",
+]
