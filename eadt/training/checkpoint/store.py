@@ -192,8 +192,7 @@ class CheckpointStore:
                 self._check_model(manifest, expected)
                 self._check_sizes(manifest, files)
                 if deep:
-                    for shard in manifest.shards:
-                        self._fill(step, shard, _scratch(shard.num_bytes))
+                    self._check_bytes(manifest)
             except CheckpointCorruptError as error:
                 rejected.append(Rejected(step, error.what))
                 _LOG.warning("EADT-354: checkpoint of step %d is not used: %s", step, error.what)
@@ -319,7 +318,7 @@ class CheckpointStore:
             what,
             code="EADT-251",
             means="the run cannot go on from it, and is not started over it",
-            fix="use that model's and optimizer's configuration, or give the run another name or storage.path",
+            fix="use that model's and optimizer's settings, or give the run another name or storage.path",
         )
 
     @staticmethod
@@ -332,6 +331,15 @@ class CheckpointStore:
                     f"{shard.file} of step {manifest.step} has {files[shard.file]} bytes "
                     f"instead of {shard.num_bytes}"
                 )
+
+    def _check_bytes(self, manifest: Manifest) -> None:
+        try:
+            for shard in manifest.shards:
+                self._fill(manifest.step, shard, _scratch(shard.num_bytes))
+        except CheckpointCorruptError as error:
+            # Sizes alone would not show it again, and prune looks at no more than those.
+            self.reject(manifest, error.what)
+            raise
 
     def _fill(self, step: int, shard: Shard, pieces: Iterable[memoryview]) -> None:
         """Read a whole shard into ``pieces``, one after the other, and check it."""
