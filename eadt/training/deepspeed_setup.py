@@ -107,7 +107,7 @@ def _schedule(spec: EngineSpec, optimizer: torch.optim.Optimizer) -> Any:
     from transformers import get_scheduler
 
     training = spec.job.training
-    name = training.lr_scheduler_type
+    name: str = training.lr_scheduler_type
     if name == "constant" and training.warmup_steps:
         name = "constant_with_warmup"
     return get_scheduler(

@@ -46,7 +46,7 @@ def run_engine(spec: EngineSpec, connection: Connection) -> int:
         return 1
     except BaseException as error:
         traceback.print_exc()
-        channel.send("error", kind=_kind(error), text=_describe(error))
+        channel.send("error", cause=_cause(error), text=_describe(error))
         return 1
     channel.send("ended")
     if dist.is_initialized() and spec.world_size == 1:
@@ -88,7 +88,7 @@ def _take_place(spec: EngineSpec) -> None:
         torch.set_num_threads(spec.share.num_threads)
 
 
-def _kind(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"
     if isinstance(error, EadtError):

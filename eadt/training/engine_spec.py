@@ -73,7 +73,6 @@ class EngineSpec:
         backend: ``gloo`` or ``nccl``.
         env: Environment taken over from the host: visible devices, MPS.
         slot_paths: This node's state slots, by slot number.
-        free_slots: Slot numbers that may be written at once.
         resume: Whether a saved state will be loaded (so initial weights do not matter).
         primary_on_node: Whether this engine reports the node's step times.
     """
@@ -90,7 +89,6 @@ class EngineSpec:
     backend: str = "gloo"
     env: dict[str, str] = field(default_factory=dict)
     slot_paths: tuple[str, ...] = ()
-    free_slots: tuple[int, ...] = ()
     resume: bool = False
     primary_on_node: bool = True
 

@@ -75,11 +75,11 @@ class _Server:
 
     def serve(self) -> None:
         while True:
-            ready, _, _ = select.select([self._agent, self._wake_read], [], [])
+            ready, _, _ = select.select([self._agent.fileno(), self._wake_read], [], [])
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
                 self._reap()
-            if self._agent in ready:
+            if self._agent.fileno() in ready:
                 try:
                     kind, *arguments = self._agent.recv()
                 except (EOFError, OSError):

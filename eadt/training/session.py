@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from transformers.initialization import no_init_weights
 
 from eadt.clock import SYSTEM_CLOCK, monotonic_s
@@ -72,7 +73,7 @@ class TrainingSession:
         self._state: EngineState | None = None
         self._model_factory: ModelFactory | None = None
         self._slots: dict[int, StateSlot] = {}
-        self._free_slots = list(spec.free_slots)
+        self._free_slots: list[int] = []
         self._orders: dict[int, SampleOrder] = {}
         self._control: dist.ProcessGroup | None = None
         self._stop_asked = False
@@ -133,7 +134,8 @@ class TrainingSession:
             timings=dict(self._timings),
             device_bytes=_device_bytes(self.device),
         )
-        _, saved = self._channel.wait("go")
+        _, saved, free_slots = self._channel.wait("go")
+        self._free_slots.extend(free_slots)
         self._take_over(saved)
         return self.engine
 
@@ -218,24 +220,25 @@ class TrainingSession:
             return self._model_factory()
         with no_init_weights():
             model = self._model_factory()
-        if hasattr(model, "tie_weights"):
-            model.tie_weights()
+        tie_weights: Any = getattr(model, "tie_weights", None)
+        if tie_weights is not None:
+            tie_weights()
         return model
 
     def _join_group(self) -> None:
         """Make this generation's process group on a store of its own, which ends with it."""
         spec = self.spec
         if self.rank == 0:
-            store = dist.TCPStore(
+            store = TCPStore(
                 spec.node_ip, 0, spec.world_size, is_master=True, wait_for_workers=False,
                 timeout=_RENDEZVOUS_TIMEOUT,
             )  # fmt: skip
             self._channel.send("store", address=(spec.node_ip, store.port))
         else:
             _, (host, port) = self._channel.wait("rendezvous")
-            store = dist.TCPStore(host, port, spec.world_size, is_master=False, timeout=_RENDEZVOUS_TIMEOUT)
+            store = TCPStore(host, port, spec.world_size, is_master=False, timeout=_RENDEZVOUS_TIMEOUT)
         dist.init_process_group(
-            spec.backend, store=dist.PrefixStore(str(spec.generation), store), rank=self.rank,
+            spec.backend, store=PrefixStore(str(spec.generation), store), rank=self.rank,
             world_size=spec.world_size,
             device_id=self.device if spec.backend == "nccl" else None,
         )  # fmt: skip

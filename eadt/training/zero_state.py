@@ -68,7 +68,8 @@ class EngineState:
         self._zero = engine.optimizer
         self._inner = getattr(self._zero, "optimizer", self._zero)
         self._moments = moment_names(self._inner)
-        self._named: list[tuple[str, torch.Tensor]] = list(_named_tensors(engine.module))
+        self._places: dict[int, tuple[torch.Tensor, int]] | None = None
+        self._named: list[tuple[str, Any]] = list(_named_tensors(engine.module))
         self.layout = StateLayout(
             names=tuple(name for name, _ in self._named),
             shapes=tuple(_full_shape(tensor) for _, tensor in self._named),
@@ -107,6 +108,8 @@ class EngineState:
         for state in self._inner.state.values():
             if "step" in state:
                 return float(state["step"])
+        if self._inner.state and "step" not in self._inner.param_groups[0]:
+            return 1.0  # an optimizer that does not count, such as SGD: all that matters is "some"
         return float(self._inner.param_groups[0].get("step", 0))
 
     # -- where things are ---------------------------------------------------------------------
@@ -179,7 +182,8 @@ class EngineState:
         raise AssertionError(f"{type(self._zero).__name__} keeps its partitions where we do not know")
 
     def _flat_partition(self, param: Any) -> torch.Tensor:
-        return self._flat_partitions()[param._hp_mapping.param_group_index]
+        flat: torch.Tensor = self._flat_partitions()[param._hp_mapping.param_group_index]
+        return flat
 
     def _masters(self) -> dict[int, tuple[torch.Tensor, int]]:
         """Stage 0: where each parameter's fp32 values are (tensor, first element), by id."""
@@ -202,7 +206,11 @@ class EngineState:
         return {id(param): (param, 0) for _, param in self._named}
 
     def _master(self, param: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return self._masters()[id(param)] if self._stage == 0 else (param, 0)
+        if self._stage != 0:
+            return param, 0
+        if self._places is None:
+            self._places = self._masters()
+        return self._places[id(param)]
 
     def _moments_of(self, holder: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self._inner.state.get(holder, {})
@@ -244,7 +252,7 @@ class EngineState:
             offset = self.layout.offsets[name]
             if self._stage == 3 and hasattr(tensor, "ds_tensor"):
                 if tensor.ds_status.name == "AVAILABLE":
-                    tensor.partition()  # type: ignore[attr-defined]  # a gathered copy would be stale
+                    tensor.partition()  # a gathered copy would be stale
                 for fragment in self._stage3_fragments(tensor, offset):
                     length = fragment.rows["fp32"].numel()
                     tensor.ds_tensor.data.view(-1)[:length].copy_(fragment.rows["fp32"])

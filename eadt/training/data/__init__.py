@@ -1,6 +1,6 @@
 """Training data: text is tokenised once, packed into fixed-length sequences and memory-mapped."""
 
-from eadt.training.data.prepare import check_dataset, prepare_dataset
+from eadt.training.data.prepare import check_dataset, default_cache_dir, prepare_dataset
 from eadt.training.data.store import PreparedData, Sequences, TokenDataset, open_prepared
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Sequences",
     "TokenDataset",
     "check_dataset",
+    "default_cache_dir",
     "open_prepared",
     "prepare_dataset",
 ]

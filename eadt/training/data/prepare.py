@@ -51,6 +51,12 @@ _FAIR_SHARE = 3.0
 """A split by documents counts as fair within this factor of the fraction that was asked for."""
 
 
+def default_cache_dir() -> Path:
+    """Folder of tokenised data sets on this machine: ``$XDG_CACHE_HOME/eadt/datasets``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "eadt" / "datasets"
+
+
 def prepare_dataset(
     training: TrainingConfig,
     cache_dir: Path | str,

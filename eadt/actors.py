@@ -1,0 +1,275 @@
+"""The Ray side of coordinator and node agents: actors around plain classes, and lines between them.
+
+Both actors are asyncio actors: Ray then runs calls in the order in which one caller made them, and
+a long one does not hold up the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from eadt.clock import unix_s
+from eadt.control.setpoint import Setpoint
+from eadt.coordination.coordinator import Coordinator
+from eadt.coordination.nodes import NodeInfo
+from eadt.coordination.placement import Host
+from eadt.coordination.recorder import Recorder
+from eadt.coordination.settings import RunSettings
+from eadt.errors import EadtError, EnvironmentFailure
+from eadt.node_agent import AgentSettings, NodeAgent
+from eadt.telemetry.ledger import LedgerWriter
+from eadt.training.checkpoint import Manifest, Shard
+from eadt.training.engine_spec import EngineSpec
+from eadt.training.state import Span, StateLayout
+
+NAMESPACE = "eadt"
+
+_CALL_TIMEOUT_S = 600.0
+
+
+def coordinator_name(run_id: str) -> str:
+    """Name of a run's coordinator in the namespace ``eadt``."""
+    return f"coordinator-{run_id}"
+
+
+def agent_prefix(run_id: str) -> str:
+    """Names of a run's node agents, but for the Ray node id that follows."""
+    return f"node-agent-{run_id}-"
+
+
+class RayNodeClient:
+    """A node agent's actor as the coordinator sees it; see ``NodeClient``."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def fork(self, specs: Sequence[EngineSpec]) -> None:
+        """See ``NodeClient``."""
+        self._handle.fork.remote(specs)
+
+    def send(self, engine_ids: Sequence[str], *command: Any) -> None:
+        """See ``NodeClient``."""
+        self._handle.send.remote(engine_ids, command)
+
+    def kill(self, engine_ids: Sequence[str]) -> None:
+        """See ``NodeClient``."""
+        self._handle.kill.remote(engine_ids)
+
+    def set_phase(self, phase: str) -> None:
+        """See ``NodeClient``."""
+        self._handle.set_phase.remote(phase)
+
+    def set_booked(self, components: Sequence[str]) -> None:
+        """See ``NodeClient``."""
+        self._handle.set_booked.remote(components)
+
+    async def ping(self, timeout_s: float) -> None:
+        """See ``NodeClient``."""
+        await self._call(self._handle.ping.remote(), timeout_s)
+
+    async def available_bytes(self) -> int:
+        """See ``NodeClient``."""
+        return int(await self._call(self._handle.available_bytes.remote()))
+
+    async def reserve(self, num_bytes: int) -> str:
+        """See ``NodeClient``."""
+        return str(await self._call(self._handle.reserve.remote(num_bytes)))
+
+    async def write_shard(
+        self, step: int, index: int, slot: int, layout: StateLayout, spans: Sequence[Span], attempt: str
+    ) -> Shard:
+        """See ``NodeClient``."""
+        reference = self._handle.write_shard.remote(step, index, slot, layout, spans, attempt)
+        shard: Shard = await self._call(reference)
+        return shard
+
+    async def restore(self, manifest: Manifest, shards: Sequence[int], slot: int) -> list[Span]:
+        """See ``NodeClient``."""
+        spans: list[Span] = await self._call(self._handle.restore.remote(manifest, shards, slot))
+        return spans
+
+    async def _call(self, reference: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+        try:
+            return await asyncio.wait_for(reference, timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, EadtError):
+                raise error.cause from None
+            raise EnvironmentFailure(f"a node agent failed: {error.cause}", code="EADT-336") from error
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise EnvironmentFailure(
+                f"a node agent does not answer ({type(error).__name__})", code="EADT-336"
+            ) from error
+
+
+class CoordinatorActor:
+    """Actor around :class:`~eadt.coordination.coordinator.Coordinator`."""
+
+    def __init__(self, settings: RunSettings, run_folder: str) -> None:
+        self._recorder = Recorder(LedgerWriter(Path(run_folder) / "ledger"))
+        self._coordinator = Coordinator(settings, self._recorder)
+
+    async def run(self) -> None:
+        """Carry the run through; returns at its end."""
+        await self._coordinator.run()
+
+    async def close(self) -> None:
+        """Write the last rows down."""
+        self._recorder.close()
+
+    # From hosts and from Ray Train's controller.
+
+    async def register_host(self, place: dict[str, Any]) -> None:
+        """A host has come."""
+        self._coordinator.register_host(Host(**place))
+
+    async def host_beat(self, place: dict[str, Any]) -> bool:
+        """A host is there; returns whether it should stay."""
+        del place
+        return not self._coordinator.is_over
+
+    async def host_target(
+        self, alive_nodes: list[str], num_free: int, present: int | None, group_is_up: bool
+    ) -> dict[str, int]:
+        """Wanted size of the worker group."""
+        target, held = self._coordinator.host_target(alive_nodes, num_free, present, group_is_up=group_is_up)
+        return {"target": target, "held": held}
+
+    # From node agents.
+
+    async def add_node(self, info: NodeInfo, agent: Any) -> None:
+        """A node agent is up."""
+        self._coordinator.add_node(info, RayNodeClient(agent))
+
+    async def engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
+        """Something that an engine said."""
+        self._coordinator.engine_event(node_id, engine_id, kind, values)
+
+    async def book(self, row: dict[str, Any]) -> None:
+        """A ledger row of a node or of the supervisor."""
+        self._recorder.book(row)
+
+    # From the driver and the supervisor.
+
+    async def lose_node(self, node_id: str, why: str) -> None:
+        """A node has gone."""
+        self._coordinator.lose_node(node_id, why)
+
+    async def drain(self, node_id: str, deadline_unix_s: float | None) -> None:
+        """A node will be taken away."""
+        self._coordinator.drain(node_id, deadline_unix_s)
+
+    async def interrupt(self, reason: str) -> None:
+        """End the run with a checkpoint."""
+        self._coordinator.interrupt(reason)
+
+    async def fail(self, error: EadtError) -> None:
+        """End the run at once."""
+        self._coordinator.fail(error)
+
+    async def apply(self, setpoint: Setpoint, reason: str, decision_id: str | None) -> dict[str, Any]:
+        """Ask for a new setpoint."""
+        return self._coordinator.apply(setpoint, reason, decision_id)
+
+    async def change_state(self, decision_id: str) -> dict[str, Any]:
+        """What came of an accepted change."""
+        return self._coordinator.change_state(decision_id)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The run as it stands."""
+        return self._coordinator.snapshot()
+
+    async def events_since(self, number: int) -> tuple[list[dict[str, Any]], int]:
+        """Rows worth showing."""
+        return self._recorder.events_since(number)
+
+    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int, float]:
+        """Samples/s and steps of the last ``window_s`` s, and the time of the answer."""
+        return *self._recorder.throughput(window_s, since_unix_s), unix_s()
+
+
+class NodeAgentActor:
+    """Actor around :class:`~eadt.node_agent.NodeAgent`."""
+
+    def __init__(self, settings: AgentSettings, coordinator: str) -> None:
+        self._settings = settings
+        self._coordinator = ray.get_actor(coordinator, namespace=NAMESPACE)
+        self._agent = NodeAgent(settings, self._on_event, self._on_row)
+
+    def _on_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
+        self._coordinator.engine_event.remote(self._settings.node_id, engine_id, kind, values)
+
+    def _on_row(self, row: dict[str, Any]) -> None:
+        self._coordinator.book.remote(row)
+
+    async def start(self) -> None:
+        """Start everything on this node and join the run."""
+        info = await asyncio.to_thread(self._agent.start, lambda _: None)
+        me = ray.get_runtime_context().current_actor
+        await self._coordinator.add_node.remote(info, me)
+
+    async def stop(self) -> None:
+        """End everything on this node."""
+        await asyncio.to_thread(self._agent.stop)
+
+    async def ping(self) -> str:
+        """Answer."""
+        return self._settings.node_id
+
+    async def fork(self, specs: Sequence[EngineSpec]) -> None:
+        """Start engines."""
+        self._agent.fork(specs)
+
+    async def send(self, engine_ids: Sequence[str], command: tuple[Any, ...]) -> None:
+        """Send a command to engines."""
+        self._agent.send(engine_ids, *command)
+
+    async def kill(self, engine_ids: Sequence[str], signal_number: int = 9) -> None:
+        """End engines at once."""
+        self._agent.kill(engine_ids, signal_number)
+
+    async def engine_pids(self) -> dict[str, int]:
+        """Process numbers of live engines."""
+        return self._agent.engine_pids()
+
+    async def set_phase(self, phase: str) -> None:
+        """Book energy under a use."""
+        self._agent.set_phase(phase)
+
+    async def set_booked(self, components: Sequence[str]) -> None:
+        """Which components this node books."""
+        self._agent.set_booked(components)
+
+    async def renew_lease(self) -> None:
+        """A host is there."""
+        self._agent.renew_lease()
+
+    async def mean_power_w(self, window_s: float) -> Any:
+        """Mean power of the training devices in W with its quality, or ``None``."""
+        return self._agent.mean_power_w(window_s)
+
+    async def energy_j(self) -> float:
+        """Energy since the start in J."""
+        return self._agent.energy_j()
+
+    async def available_bytes(self) -> int:
+        """Memory for new engines."""
+        return self._agent.available_bytes()
+
+    async def reserve(self, num_bytes: int) -> str:
+        """Room for state."""
+        return await asyncio.to_thread(self._agent.reserve, num_bytes)
+
+    async def write_shard(
+        self, step: int, index: int, slot: int, layout: StateLayout, spans: Sequence[Span], attempt: str
+    ) -> Shard:
+        """Write this node's part of a saved state."""
+        return await asyncio.to_thread(self._agent.write_shard, step, index, slot, layout, spans, attempt)
+
+    async def restore(self, manifest: Manifest, shards: Sequence[int], slot: int) -> list[Span]:
+        """Read shards of a checkpoint."""
+        return await asyncio.to_thread(self._agent.restore, manifest, shards, slot)

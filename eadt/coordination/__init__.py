@@ -1,0 +1,1 @@
+"""Carries out what was decided: hosts, generations, hand-overs, checkpoints, recovery."""

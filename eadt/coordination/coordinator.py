@@ -1,0 +1,956 @@
+"""The coordinator: brings the run to its setpoint, one generation of engines after another.
+
+One loop compares what is wanted (setpoint, hosts, drains) with what runs, and takes the next step:
+build engines ahead, stop the present ones at the end of a step, let the next ones take their state.
+Every lever and every recovery is this same path. It decides nothing about energy, and it is not
+needed for a step: while it is away, engines train on.
+
+Everything here runs in one asyncio loop; no method blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection, Coroutine
+from typing import Any
+
+from eadt.clock import unix_s
+from eadt.control.batch import feasible_worker_counts, plan_batch
+from eadt.control.setpoint import Setpoint
+from eadt.coordination.generation import Generation, Phase
+from eadt.coordination.nodes import NodeClient, NodeInfo
+from eadt.coordination.placement import Host, Placement, place
+from eadt.coordination.recorder import Change, Recorder
+from eadt.coordination.settings import RunSettings
+from eadt.coordination.slots import SlotTable
+from eadt.coordination.specs import engine_bytes, make_specs
+from eadt.errors import ConfigError, EadtError, EnvironmentFailure
+from eadt.training.checkpoint import CheckpointStore, Kind, Manifest, new_attempt
+from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, span_elements
+
+_TICK_S = 0.25
+_PING_TIMEOUT_S = 3.0
+_PEER_LOST_GRACE_S = 0.5
+"""How long to wait for the cause, when an engine only knows that another one has gone."""
+
+
+class Coordinator:
+    """See the module. Started by :meth:`run`, which ends with the run."""
+
+    def __init__(self, settings: RunSettings, recorder: Recorder) -> None:
+        self.settings = settings
+        self.recorder = recorder
+        self.status = "starting"
+        self.error: EadtError | None = None
+        self.final_model_path: str | None = None
+        self.num_params: int | None = None
+        self._nodes: dict[str, tuple[NodeInfo, NodeClient]] = {}
+        self._draining: dict[str, float | None] = {}
+        self._hosts: dict[int, Host] = {}
+        self._host_target: int | None = None
+        self._desired = settings.setpoint
+        self._desired_reason = "the run starts"
+        self._decision_id: str | None = None
+        self._changes: dict[str, dict[str, Any]] = {}
+        self._current: Generation | None = None
+        self._next: Generation | None = None
+        self._number = 0
+        self._slots = SlotTable(settings.num_slots)
+        self._granted: set[int] = set()
+        self._newest: SavedState | None = None
+        self._newest_slot: int | None = None
+        self._store = CheckpointStore(settings.storage_path)
+        self._manifest: Manifest | None = None
+        self._checkpoint_step = 0
+        self._ahead_failed: Setpoint | None = None
+        self._num_failures = 0
+        self._failed_at_step = -1
+        self._last_step = (0, 0.0)
+        self._interrupt_reason: str | None = None
+        self._group_changed = False
+        self._wake = asyncio.Event()
+        self._busy: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reserved: dict[str, int] = {}
+        self._feasible = feasible_worker_counts(
+            settings.train_batch_size, settings.max_micro_batch, settings.min_workers, settings.max_workers
+        )
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Carry the run through to its end. Errors end the run, and are kept in ``error``."""
+        try:
+            await self._start()
+            while not self.is_over:
+                self._wake.clear()
+                self._reconcile()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), _TICK_S)
+        except EadtError as error:
+            self._conclude("failed", error)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has reached its end, good or bad."""
+        return self.status in ("completed", "interrupted", "failed")
+
+    async def _start(self) -> None:
+        event = "started"
+        if self.settings.resume:
+            manifest, rejected = await asyncio.to_thread(self._store.newest_valid, None)
+            for rejection in rejected:
+                self.recorder.note(
+                    "EADT-256", f"checkpoint of step {rejection.step} passed over: {rejection.reason}"
+                )
+            self._manifest = manifest
+            event = "started" if manifest is None else "resumed"
+        self.recorder.book(
+            {
+                "type": "run",
+                "event": event,
+                "status": "running",
+                "run_id": self.settings.run_id,
+                "name": self.settings.name,
+                "train_batch_size": self.settings.train_batch_size,
+                "sequence_length": self.settings.job.training.sequence_length,
+                "resumed_step": self._manifest.step if self._manifest else 0,
+                **self.settings.run_row,
+            }
+        )
+
+    def _reconcile(self) -> None:
+        """Compare what is wanted with what runs, and take the next step towards it."""
+        if self._busy is not None:
+            if not self._busy.done():
+                return
+            task, self._busy = self._busy, None
+            task.result()
+        current, following = self._current, self._next
+        if self._interrupt_reason is not None:
+            self._reconcile_interrupt(current)
+        elif current is None or not current.is_alive:
+            if following is None:
+                placement = self._wanted_placement()
+                if placement is not None:
+                    self._busy = self._spawn(self._begin(placement))
+            elif following.phase is Phase.READY:
+                self._busy = self._spawn(self._go(following))
+        elif current.phase is Phase.TRAINING:
+            self._reconcile_training(current, following)
+
+    def _reconcile_training(self, current: Generation, following: Generation | None) -> None:
+        placement = self._wanted_placement()
+        if following is not None:
+            if placement is None or not self._is_for(following, placement):
+                self._discard(following)
+            elif following.phase is Phase.READY:
+                self._ask_stop(current)
+            return
+        if placement is None:
+            if self._must_leave(current):
+                self._ask_stop(current)
+        elif not self._is_for(current, placement):
+            if self.settings.mode == "restart" or self._ahead_failed == self._effective(placement):
+                self._ask_stop(current)
+            else:
+                self._busy = self._spawn(self._begin_ahead(current, placement))
+
+    def _reconcile_interrupt(self, current: Generation | None) -> None:
+        if self._next is not None:
+            self._discard(self._next)
+        if current is not None and current.phase is Phase.TRAINING:
+            self._ask_stop(current)
+        elif current is None or not current.is_alive:
+            self._busy = self._spawn(self._conclude_interrupted())
+
+    # -- what is wanted ---------------------------------------------------------------------------
+
+    def _effective(self, placement: Placement) -> Setpoint:
+        """The setpoint with the number of workers that can be placed."""
+        return self._desired.with_(num_workers=placement.num_workers)
+
+    def _is_for(self, generation: Generation, placement: Placement) -> bool:
+        devices = sorted(seat.host.device for seat in placement.seats)
+        return generation.setpoint == self._effective(placement) and devices == sorted(
+            seat.host.device for seat in generation.placement.seats
+        )
+
+    def _wanted_placement(self) -> Placement | None:
+        """Where engines should run now; ``None`` while that cannot be said, or none should."""
+        if self._desired.paused or not self._hosts:
+            return None
+        group_size = next(iter(self._hosts.values())).group_size
+        if len(self._hosts) < group_size:
+            return None  # a new worker group is still assembling
+        if self._host_target is not None and group_size != self._host_target:
+            return None  # Ray Train is about to resize the worker group
+        gone = {host.node_id for host in self._hosts.values()} - set(self._nodes)
+        placement = place(self._hosts.values(), self._desired, self._feasible, gone | set(self._draining))
+        return placement if placement.num_workers else None
+
+    def _must_leave(self, current: Generation) -> bool:
+        """Whether the engines should stop though no others can take over."""
+        if self._desired.paused:
+            return True
+        if self.settings.mode == "restart" and self._desired.num_workers != current.setpoint.num_workers:
+            return True
+        return any(node_id in self._draining for node_id in current.placement.node_ids)
+
+    def host_target(
+        self, alive_nodes: Collection[str], num_free: int, present: int | None, *, group_is_up: bool
+    ) -> tuple[int, int]:
+        """Hosts that Ray Train's worker group should have; asked by its scaling policy.
+
+        In ``group`` and ``restart`` mode hosts come and go with the workers; else there are as many
+        as could ever be active, and those without an engine are parked.
+
+        Args:
+            alive_nodes: Ray nodes that are alive.
+            num_free: Hosts that fit beside everything that runs now.
+            present: Hosts of the group that runs; ``None`` while none runs undisturbed.
+            group_is_up: Whether the hosts that are known still hold their resources.
+
+        Returns:
+            The wanted size, and how many hosts hold resources now.
+        """
+        if present is None:
+            surviving = [host for host in self._hosts.values() if host.node_id in alive_nodes]
+            held = len(surviving) if group_is_up else 0
+        else:
+            held = present
+        most = self.settings.max_workers
+        if self.settings.mode in ("group", "restart"):
+            most = self._desired.num_workers
+            if self.settings.mode == "restart" and self._is_training:
+                most = held or most  # first the checkpoint
+        self._host_target = max(1, min(most, held + num_free))
+        return self._host_target, held
+
+    @property
+    def _is_training(self) -> bool:
+        return self._current is not None and self._current.is_alive
+
+    # -- building the next generation ---------------------------------------------------------------
+
+    async def _begin(self, placement: Placement) -> None:
+        """Build a generation while none trains, from the newest state that is complete."""
+        self._drop_lost_state()
+        if self._newest is None and self._manifest is not None:
+            await self._restore(placement, self._manifest)
+        self._fork(placement, resume=self._newest is not None)
+
+    async def _begin_ahead(self, current: Generation, placement: Placement) -> None:
+        """Build the next generation beside the one that trains, where memory allows."""
+        ahead = self.settings.prepare_ahead
+        if ahead == "never" or (ahead == "auto" and not await self._has_room(current, placement)):
+            self._ahead_failed = self._effective(placement)
+            return
+        if current.phase is Phase.TRAINING and self._next is None:
+            self._fork(placement, resume=True)
+
+    async def _has_room(self, current: Generation, placement: Placement) -> bool:
+        for node_id in placement.node_ids:
+            seats = [seat for seat in placement.seats if seat.host.node_id == node_id]
+            needed = engine_bytes(current, placement.num_workers) * len(seats)
+            try:
+                available = await self._nodes[node_id][1].available_bytes()
+            except EnvironmentFailure:
+                return False
+            if available < needed:
+                return False
+        return True
+
+    def _fork(self, placement: Placement, *, resume: bool) -> None:
+        self._number += 1
+        batch = plan_batch(
+            self.settings.train_batch_size, placement.num_workers, self.settings.max_micro_batch
+        )
+        setpoint = self._effective(placement)
+        infos = {node_id: self._nodes[node_id][0] for node_id in placement.node_ids}
+        self._next = Generation(
+            number=self._number,
+            setpoint=setpoint,
+            placement=placement,
+            batch=batch,
+            specs=make_specs(self.settings, self._number, placement, batch, setpoint, infos, resume=resume),
+            reason=self._desired_reason,
+            decision_id=self._decision_id,
+            started_at_s=unix_s(),
+        )
+        for node_id in placement.node_ids:
+            specs = [spec for spec in self._next.specs if spec.node_id == node_id]
+            self._nodes[node_id][1].fork(specs)
+
+    def _discard(self, generation: Generation) -> None:
+        """Give up a generation that does not train."""
+        generation.phase = Phase.FAILED
+        self._kill(generation)
+        if self._next is generation:
+            self._next = None
+
+    def _kill(self, generation: Generation) -> None:
+        alive = {spec.rank for spec in generation.specs} - generation.ended
+        for node_id, engine_ids in generation.engines_by_node(alive).items():
+            if node_id in self._nodes:
+                self._nodes[node_id][1].kill(engine_ids)
+
+    def _tell(self, generation: Generation, *command: Any, ranks: set[int] | None = None) -> None:
+        for node_id, engine_ids in generation.engines_by_node(ranks).items():
+            if node_id in self._nodes:
+                self._nodes[node_id][1].send(engine_ids, *command)
+
+    # -- changing over ------------------------------------------------------------------------------
+
+    def _ask_stop(self, current: Generation) -> None:
+        if not self._granted:
+            if self._slots.num_slots > 1 or self._newest is None:
+                return  # a checkpoint is being written from it: soon
+            self._forget_newest()
+        current.phase = Phase.STOPPING
+        self._tell(current, "stop", ranks={0})
+
+    async def _go(self, generation: Generation) -> None:
+        """Let a generation that is ready take the newest state and train."""
+        saved = self._newest
+        if saved is None and generation.specs[0].resume:
+            self._discard(generation)  # it was built for a state that has been lost since
+            return
+        if saved is not None and saved.layout.fingerprint != generation.layout.fingerprint:
+            raise ConfigError(
+                f"the state of step {saved.step} is of another model than the configuration's",
+                code="EADT-252",
+                means="going on would throw that state away",
+                fix="give this run another run.name, or start it anew with --fresh",
+            )
+        await self._reserve(generation)
+        if self._newest_slot is not None:
+            self._slots.hold(self._newest_slot, "loading")
+        self._granted = set(self._slots.free())
+        generation.phase = Phase.LOADING
+        previous = self._current
+        self._current, self._next = generation, None
+        self._tell(generation, "go", saved, tuple(sorted(self._granted)))
+        self._open_change(previous, generation)
+        taking_part = set(generation.placement.node_ids)
+        for node_id, (_, client) in self._nodes.items():
+            if node_id not in taking_part:
+                client.set_phase("idle")
+
+    async def _reserve(self, generation: Generation) -> None:
+        """See to it that each node has room for what its ranks will save."""
+        for node_id in generation.placement.node_ids:
+            spans = merge_spans(
+                span
+                for spec in generation.specs
+                if spec.node_id == node_id
+                for span in generation.ready[spec.rank]["spans"]
+            )
+            num_bytes = (
+                span_elements(spans) * len(generation.layout.rows) * ITEM_BYTES * self._slots.num_slots
+            )
+            if num_bytes > self._reserved.get(node_id, 0):
+                note = await self._nodes[node_id][1].reserve(num_bytes - self._reserved.get(node_id, 0))
+                self._reserved[node_id] = num_bytes
+                if note:
+                    self.recorder.note("EADT-335", note)
+
+    def _open_change(self, previous: Generation | None, generation: Generation) -> None:
+        if previous is None:
+            return
+        step, ended_unix_s = self._last_step
+        resumed = self._newest.step if self._newest is not None else 0
+        kind = (
+            "restart" if self.settings.mode == "restart" else "group" if self._group_changed else "in_place"
+        )
+        self._group_changed = False
+        parts: dict[str, float] = {}
+        for save in previous.saves.get(resumed, {}).values():
+            parts["save_s"] = max(parts.get("save_s", 0.0), save["seconds"])
+        parts["prepare_s"] = unix_s() - generation.started_at_s
+        self.recorder.open_change(
+            Change(
+                kind=kind,
+                reason=generation.reason,
+                before=previous.setpoint,
+                after=generation.setpoint,
+                from_workers=previous.placement.num_workers,
+                last_step=step,
+                last_step_unix_s=ended_unix_s,
+                lost_steps=max(0, step - resumed),
+                decision_id=generation.decision_id,
+                parts=parts,
+            )
+        )
+
+    def _on_loaded(self, generation: Generation) -> None:
+        generation.phase = Phase.TRAINING
+        self.status = "training"
+        change = self.recorder.change
+        if change is not None:
+            change.parts["load_s"] = max(event["timings"]["load_s"] for event in generation.loaded.values())
+        for freed in self._slots.release("loading"):
+            self._grant(freed)
+        self.recorder.book(
+            {
+                "type": "generation",
+                "event": "started",
+                "generation": generation.number,
+                "setpoint": generation.setpoint.as_dict(),
+                "world_size": generation.batch.num_workers,
+                "micro_batch": generation.batch.micro_batch,
+                "accumulation": generation.batch.accumulation,
+                "num_devices": generation.placement.num_devices,
+                "shares": [spec.share.__dict__ for spec in generation.specs],
+                "remote_bytes": sum(event["num_remote_bytes"] for event in generation.loaded.values()),
+                "reason": generation.reason,
+            }
+        )
+
+    def _grant(self, slot: int) -> None:
+        current = self._current
+        if slot in self._slots.free() and slot not in self._granted:
+            self._granted.add(slot)
+            if current is not None and current.is_alive:
+                self._tell(current, "free", slot, ranks={0})
+
+    def _forget_newest(self) -> None:
+        self._newest, self._newest_slot = None, None
+        for freed in self._slots.release("newest"):
+            self._grant(freed)
+
+    def _on_saved(self, generation: Generation, values: dict[str, Any]) -> None:
+        slot: int = values["slot"]
+        self._granted.discard(slot)
+        self._slots.hold(slot, "saving")
+        state = generation.saved_state(
+            values["step"],
+            slot,
+            {node_id: info.slot_paths for node_id, (info, _) in self._nodes.items()},
+            {node_id: info.state_address for node_id, (info, _) in self._nodes.items()},
+        )
+        if state is None:
+            return
+        self._slots.hold(slot, "newest-next")
+        self._slots.release("saving")
+        for freed in self._slots.release("newest"):
+            self._grant(freed)
+        self._slots.hold(slot, "newest")
+        self._slots.release("newest-next")
+        self._newest, self._newest_slot = state, slot
+        if values["stopped"]:
+            generation.phase = Phase.STOPPED
+            self._end_generation(generation)
+            if values["final"]:
+                self._busy = self._spawn(self._conclude_completed(generation))
+            else:
+                self._tell(generation, "exit")
+                if self.settings.mode == "restart":
+                    self._busy = self._spawn(self._restart_from_storage())
+        elif self._is_checkpoint_due():
+            self._spawn(self._persist("periodic"))
+
+    def _end_generation(self, generation: Generation) -> None:
+        self.recorder.book(
+            {
+                "type": "generation",
+                "event": "ended",
+                "generation": generation.number,
+                "step": self._last_step[0],
+            }
+        )
+
+    # -- events from engines --------------------------------------------------------------------------
+
+    def engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
+        """Something that an engine said, or its end (``exit``)."""
+        if kind == "phase":
+            self.recorder.book({"type": "phase", "node": node_id, **values})
+            return
+        generation, rank = self._find(engine_id)
+        if generation is None or rank is None:
+            return
+        handler = getattr(self, f"_engine_{kind}", None)
+        if handler is not None:
+            handler(generation, rank, node_id, values)
+        self._wake.set()
+
+    def _find(self, engine_id: str) -> tuple[Generation | None, int | None]:
+        for generation in (self._current, self._next):
+            if generation is not None and (rank := generation.rank_of(engine_id)) is not None:
+                return generation, rank
+        return None, None
+
+    def _engine_store(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        del node_id
+        others = {spec.rank for spec in generation.specs} - {rank}
+        self._tell(generation, "rendezvous", values["address"], ranks=others)
+
+    def _engine_ready(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        del node_id
+        generation.ready[rank] = values
+        self.num_params = values["num_params"]
+        if len(generation.ready) == len(generation.specs) and generation.phase is Phase.BUILDING:
+            generation.phase = Phase.READY
+
+    def _engine_loaded(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        generation.loaded[rank] = values
+        spec = generation.specs[rank]
+        if spec.primary_on_node:
+            self.recorder.book({"type": "phase", "node": node_id, "phase": "train", "t": values["t"]})
+        if len(generation.loaded) == len(generation.specs) and generation.phase is Phase.LOADING:
+            self._on_loaded(generation)
+
+    def _engine_step(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        del rank
+        ended_unix_s = self._nodes[node_id][0].unix_s(values["t1"])
+        row = {"type": "step", "node": node_id, "generation": generation.number, **values}
+        change = self.recorder.book_step(row, ended_unix_s)
+        if change is not None:
+            self._change_done(change)
+        if values["primary"]:
+            self._last_step = (values["step"], ended_unix_s)
+            if values["step"] > self._failed_at_step:
+                self._num_failures = 0
+            if self._is_checkpoint_due() and generation.phase is Phase.TRAINING:
+                self._tell(generation, "save", ranks={0})
+
+    def _engine_validation(
+        self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
+    ) -> None:
+        del generation, rank, node_id
+        self.recorder.book({"type": "validation", **values})
+
+    def _engine_saved(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        del node_id
+        generation.saves.setdefault(values["step"], {})[rank] = values
+        self._on_saved(generation, values)
+
+    def _engine_exported(
+        self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
+    ) -> None:
+        del rank, node_id
+        self.final_model_path = values["path"]
+        self._tell(generation, "exit")
+
+    def _engine_lease_expired(
+        self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
+    ) -> None:
+        """No host has come back to these engines: they end, their state saved."""
+        del rank
+        text = f"engines on node {node_id[:8]} had no host for {values['lease_s']:.0f} s and were ended"
+        self.recorder.book({"type": "fault", "kind": "lease_expired", "node": node_id, "detail": text,
+                            "at_s": self.recorder.at_s})  # fmt: skip
+        self._hosts = {}
+        if generation.phase is Phase.TRAINING:
+            self._ask_stop(generation)
+
+    def _engine_error(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        del node_id
+        generation.errors[rank] = values
+
+    def _engine_exit(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        generation.ended.add(rank)
+        if not generation.is_alive or values["status"] == 0:
+            return
+        error = generation.errors.get(rank, {"cause": "killed", "text": _describe_exit(values)})
+        if error["cause"] == "peer_lost":
+            # Another engine is the cause: give its end a moment to be heard of.
+            self._spawn(self._fail_later(generation, node_id, error, values["log_tail"]))
+        else:
+            self._spawn(self._fail(generation, node_id, error, values["log_tail"]))
+
+    # -- failures ---------------------------------------------------------------------------------
+
+    async def _fail_later(
+        self, generation: Generation, node_id: str, error: dict[str, Any], log_tail: str
+    ) -> None:
+        await asyncio.sleep(_PEER_LOST_GRACE_S)
+        await self._fail(generation, node_id, error, log_tail)
+
+    async def _fail(self, generation: Generation, node_id: str, error: dict[str, Any], log_tail: str) -> None:
+        """A generation has lost an engine: end the rest, and go on from the newest state."""
+        if not generation.is_alive:
+            return
+        was_training = generation is self._current
+        generation.phase = Phase.FAILED
+        self._kill(generation)
+        await self._drop_dead_nodes()
+        self.recorder.book(
+            {"type": "fault", "kind": error["cause"], "node": node_id, "detail": error["text"],
+             "generation": generation.number, "at_s": self.recorder.at_s}
+        )  # fmt: skip
+        if error["cause"] in ("user", "environment"):
+            raise _as_error(error)
+        if not was_training:
+            self._next = None
+            self._ahead_failed = generation.setpoint
+            self._count_failure(error, log_tail)
+            if self._current is not None and self._current.is_alive:
+                self.recorder.note(
+                    "EADT-331", f"engines built ahead failed ({error['text']}); stopping first"
+                )
+            return
+        self._granted = set(self._slots.free())
+        self._drop_lost_state()
+        resumed = self._newest.step if self._newest else (self._manifest.step if self._manifest else 0)
+        self.recorder.book(
+            {
+                "type": "rollback",
+                "generation": generation.number,
+                "resumed_step": resumed,
+                "reason": error["text"],
+            }
+        )
+        self._end_generation(generation)
+        for _, client in self._nodes.values():
+            client.set_phase("restart")
+        self._desired_reason = f"recovery: {error['text']}"
+        self._count_failure(error, log_tail)
+
+    def _count_failure(self, error: dict[str, Any], log_tail: str) -> None:
+        self._num_failures += 1
+        self._failed_at_step = self._last_step[0]
+        if self._num_failures >= self.settings.max_engine_failures:
+            raise EnvironmentFailure(
+                f"engines failed {self._num_failures} times in a row without a step between: {error['text']}",
+                code="EADT-332",
+                means="training stopped; the newest checkpoint is kept",
+                fix="see the engine's output:\n" + log_tail.strip(),
+            )
+
+    async def _drop_dead_nodes(self) -> None:
+        async def check(node_id: str, client: NodeClient) -> None:
+            try:
+                await client.ping(_PING_TIMEOUT_S)
+            except EnvironmentFailure:
+                self.lose_node(node_id, "its agent does not answer")
+
+        await asyncio.gather(*(check(node_id, client) for node_id, (_, client) in list(self._nodes.items())))
+
+    def _drop_lost_state(self) -> None:
+        """Forget the newest state if a node that holds a part of it has gone."""
+        if self._newest is not None and any(part.node_id not in self._nodes for part in self._newest.parts):
+            self._forget_newest()
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self.settings.checkpoint_every_steps
+        return every is not None and self._last_step[0] - self._checkpoint_step >= every
+
+    async def _persist(self, kind: Kind) -> None:
+        """Make the newest state durable, while training goes on."""
+        state, slot = self._newest, self._newest_slot
+        if state is None or slot is None:
+            return
+        self._checkpoint_step = state.step
+        reason = f"persist-{state.step}"
+        self._slots.hold(slot, reason)
+        begun_s = unix_s()
+        try:
+            attempt = new_attempt()
+            shards = await asyncio.gather(
+                *(
+                    self._nodes[part.node_id][1].write_shard(
+                        state.step, index, slot, state.layout, part.spans, attempt
+                    )
+                    for index, part in enumerate(state.parts)
+                )
+            )
+            info = await asyncio.to_thread(
+                self._store.publish, state.step, state.layout, state.meta, list(shards), kind,
+                {"run_id": self.settings.run_id, "train_batch_size": self.settings.train_batch_size},
+            )  # fmt: skip
+            await asyncio.to_thread(self._store.prune, self.settings.keep_checkpoints, [attempt])
+            manifest, _ = await asyncio.to_thread(self._store.newest_valid, None, deep=False)
+            self._manifest = manifest
+        except (EadtError, OSError, KeyError) as error:
+            self.recorder.note(
+                "EADT-255", f"the checkpoint of step {state.step} could not be written: {error}"
+            )
+            return
+        finally:
+            for freed in self._slots.release(reason):
+                self._grant(freed)
+        self.recorder.book(
+            {
+                "type": "checkpoint",
+                "step": state.step,
+                "path": info.path,
+                "seconds": unix_s() - begun_s,
+                "num_bytes": info.num_bytes,
+                "kind": kind,
+            }
+        )
+
+    async def _restore(self, placement: Placement, manifest: Manifest) -> None:
+        """Read a checkpoint into the nodes' slots; each node reads its share of the shards."""
+        slot = self._slots.free()[0]
+        node_ids = placement.node_ids
+        numbers = range(len(manifest.shards))
+        wanted = {node_id: list(numbers)[index :: len(node_ids)] for index, node_id in enumerate(node_ids)}
+        spans = await asyncio.gather(
+            *(self._nodes[node_id][1].restore(manifest, shards, slot) for node_id, shards in wanted.items())
+        )
+        parts = tuple(
+            StatePart(
+                node_id, self._nodes[node_id][0].slot_paths[slot], self._nodes[node_id][0].state_address,
+                tuple(found),
+            )
+            for node_id, found in zip(node_ids, spans, strict=True)
+        )  # fmt: skip
+        self._newest = SavedState(manifest.step, manifest.meta, manifest.layout, parts)
+        self._newest_slot = slot
+        self._slots.hold(slot, "newest")
+        self._checkpoint_step = manifest.step
+        self._last_step = (max(self._last_step[0], manifest.step), self._last_step[1] or unix_s())
+
+    async def _restart_from_storage(self) -> None:
+        """Restart mode: the state goes through a checkpoint, and memory is given back."""
+        await self._persist("just_in_time")
+        if self._manifest is not None and self._newest and self._manifest.step == self._newest.step:
+            self._forget_newest()
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def _conclude_completed(self, generation: Generation) -> None:
+        self.status = "saving"
+        await self._persist("final")
+        path = self.settings.job.final_model_path
+        if path and self.settings.save_final_model and self._newest is not None:
+            self._tell(generation, "export", self._newest, path, ranks={0})
+            while 0 not in generation.ended:
+                await asyncio.sleep(0.05)
+            if self.final_model_path is None:
+                self.recorder.note("EADT-333", "the final model could not be exported; see the engine's log")
+        else:
+            self._tell(generation, "exit")
+        self._conclude("completed")
+
+    async def _conclude_interrupted(self) -> None:
+        self.status = "saving"
+        if self._newest is not None and self._newest.step > self._checkpoint_step:
+            await self._persist("just_in_time")
+        self._conclude("interrupted")
+
+    def _conclude(self, status: str, error: EadtError | None = None) -> None:
+        if self.is_over:
+            return
+        self.status, self.error = status, error
+        for generation in (self._current, self._next):
+            if generation is not None:
+                self._kill(generation)
+        for _, client in self._nodes.values():
+            client.set_phase("idle")
+        self.recorder.close_change()
+        if error is not None:
+            self.recorder.note(error.code, str(error))
+        self.recorder.book(
+            {
+                "type": "run",
+                "event": "ended",
+                "status": status,
+                "run_id": self.settings.run_id,
+                "name": self.settings.name,
+                "num_params": self.num_params,
+                "reason": self._interrupt_reason or (error.what if error else ""),
+            }
+        )
+
+    def interrupt(self, reason: str) -> None:
+        """End the run at the end of the present step, with a checkpoint."""
+        self._interrupt_reason = reason
+        self._wake.set()
+
+    def fail(self, error: EadtError) -> None:
+        """End the run at once: somebody outside found that it cannot go on."""
+        self._conclude("failed", error)
+        self._wake.set()
+
+    # -- hosts and nodes ------------------------------------------------------------------------------
+
+    def register_host(self, host: Host) -> None:
+        """A host has come; hosts of an earlier worker group are forgotten."""
+        before = self._hosts
+        kept = {rank: other for rank, other in before.items() if other.group_size == host.group_size}
+        if before and not kept:
+            self._group_changed = True
+        self._hosts = {**kept, host.world_rank: host}
+        self._wake.set()
+
+    def add_node(self, info: NodeInfo, client: NodeClient) -> None:
+        """A node's agent is up, for the first time or again."""
+        self._nodes[info.node_id] = (info, client)
+        self._draining.pop(info.node_id, None)
+        self.recorder.book(
+            {
+                "type": "node",
+                "node": info.node_id,
+                "hostname": info.hostname,
+                "anchor": info.anchor,
+                "sources": info.sources,
+                "num_gpus": info.num_gpus,
+                "num_cores": info.num_cores,
+            }
+        )
+        self._reserved.pop(info.node_id, None)
+        self._elect_meters()
+        self._wake.set()
+
+    def _elect_meters(self) -> None:
+        """Let each piece of hardware be booked once, however many Ray nodes see it."""
+        taken: set[str] = set()
+        for info, client in self._nodes.values():
+            own = [name for name, identity in info.identities.items() if identity not in taken]
+            taken.update(info.identities.values())
+            client.set_booked(own)
+
+    def lose_node(self, node_id: str, why: str) -> None:
+        """A node has gone, with its engines, its hosts and its part of the state."""
+        if self._nodes.pop(node_id, None) is None:
+            return
+        self._hosts = {rank: host for rank, host in self._hosts.items() if host.node_id != node_id}
+        self._hosts = {
+            rank: Host(rank, len(self._hosts), host.node_id, host.gpu_ids)
+            for rank, host in enumerate(self._hosts.values())
+        }
+        self.recorder.book({"type": "fault", "kind": "node_lost", "node": node_id, "detail": why,
+                            "at_s": self.recorder.at_s})  # fmt: skip
+        for generation in (self._current, self._next):
+            if generation is not None and generation.is_alive and node_id in generation.placement.node_ids:
+                for spec in generation.specs:
+                    if spec.node_id == node_id:
+                        generation.ended.add(spec.rank)
+                error = {"cause": "node_lost", "text": f"node {node_id[:8]} has gone: {why}"}
+                self._spawn(self._fail(generation, node_id, error, ""))
+        self._wake.set()
+
+    def drain(self, node_id: str, deadline_unix_s: float | None) -> None:
+        """A node will be taken away: leave it, with its state, before the deadline."""
+        if node_id in self._draining or node_id not in self._nodes:
+            return
+        self._draining[node_id] = deadline_unix_s
+        self._desired_reason = f"node {node_id[:8]} is being drained"
+        self.recorder.book(
+            {"type": "fault", "kind": "drain", "node": node_id, "at_s": self.recorder.at_s,
+             "detail": "preemption notice" if deadline_unix_s else "drain without a deadline"}
+        )  # fmt: skip
+        self._wake.set()
+
+    # -- setpoints --------------------------------------------------------------------------------
+
+    def apply(self, setpoint: Setpoint, reason: str, decision_id: str | None) -> dict[str, Any]:
+        """Ask for a new setpoint.
+
+        Returns:
+            ``accepted`` and, where it is not, ``why``. What came of it: :meth:`change_state`.
+        """
+        if setpoint.num_workers not in self._feasible:
+            why = (
+                f"{setpoint.num_workers} workers cannot hold a batch of {self.settings.train_batch_size}; "
+                f"possible: {', '.join(map(str, self._feasible))}"
+            )
+            return {"accepted": False, "why": why}
+        if self.is_over or self._interrupt_reason is not None:
+            return {"accepted": False, "why": "the run is ending"}
+        self._desired, self._desired_reason, self._decision_id = setpoint, reason, decision_id
+        self._ahead_failed = None
+        if decision_id is not None:
+            self._changes[decision_id] = {"state": "pending"}
+        self._wake.set()
+        return {"accepted": True, "why": ""}
+
+    def _change_done(self, change: Change) -> None:
+        if change.decision_id is not None and change.first_step_unix_s is not None:
+            self._changes[change.decision_id] = {
+                "state": "applied",
+                "at_s": self.recorder.at_s,
+                "pause_s": change.first_step_unix_s - change.last_step_unix_s,
+                "num_workers": change.after.num_workers,
+            }
+
+    def change_state(self, decision_id: str) -> dict[str, Any]:
+        """``state`` of an accepted change: ``pending`` or ``applied`` (with ``pause_s``)."""
+        return self._changes.get(decision_id, {"state": "unknown"})
+
+    # -- being asked ------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """The run as it stands: for the supervisor, the display and ``eadt status``."""
+        current = self._current
+        training = current is not None and current.phase in (Phase.TRAINING, Phase.STOPPING)
+        step, _ = self._last_step
+        last = self.recorder.steps[-1] if self.recorder.steps else None
+        return {
+            "run_id": self.settings.run_id,
+            "name": self.settings.name,
+            "status": self.status,
+            "at_s": self.recorder.at_s,
+            "step": step,
+            "max_steps": self.settings.job.max_steps,
+            "loss": last.loss if last else None,
+            "num_params": self.num_params,
+            "is_training": training,
+            "generation": current.number if current else 0,
+            "setpoint": current.setpoint if current and training else None,
+            "desired": self._desired,
+            "num_devices": current.placement.num_devices if current else 0,
+            "node_ids": current.placement.node_ids if current else [],
+            "hosts": [host.__dict__ for host in self._hosts.values()],
+            "num_nodes": len(self._nodes),
+            "began_unix_s": self.recorder.began_unix_s,
+            "waiting_for": self._waiting_for(),
+            "error": self.error,
+            "final_model_path": self.final_model_path,
+        }
+
+    def _waiting_for(self) -> str:
+        """One phrase on what the run waits for; empty while it trains."""
+        current = self._current
+        if self.is_over or (current is not None and current.phase is Phase.TRAINING):
+            return ""
+        if self.status == "saving":
+            return "saving the state and the model"
+        if self._desired.paused:
+            return "paused"
+        if not self._nodes:
+            return "the node agents to start"
+        if not self._hosts:
+            return "Ray Train to start the hosts"
+        if self._next is not None and self._next.phase is Phase.BUILDING:
+            return "the engines to build the model"
+        if self._wanted_placement() is None:
+            return "enough hosts for the smallest number of workers"
+        return "the engines to take over the state"
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run beside the loop; an error in it ends the run."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except EadtError as error:
+                self._conclude("failed", error)
+            except Exception as error:
+                failure = EadtError(f"internal error: {type(error).__name__}: {error}", code="EADT-199")
+                self._conclude("failed", failure)
+                raise
+            finally:
+                self._wake.set()
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _describe_exit(values: dict[str, Any]) -> str:
+    status = values["status"]
+    return f"an engine was ended by signal {-status}" if status < 0 else f"an engine exited with {status}"
+
+
+def _as_error(error: dict[str, Any]) -> EadtError:
+    kind = ConfigError if error["cause"] == "user" else EnvironmentFailure
+    return kind(error["text"], code=error.get("code", "EADT-230"))

@@ -1,0 +1,45 @@
+"""The host: what a Ray Train worker does for its engine. Never touches a device, imports no torch.
+
+It says where it is and which GPUs Ray gave it, renews the lease of its node's engines, and waits
+for the run to end. The engine itself is forked by the node agent and may outlive it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from eadt.clock import SYSTEM_CLOCK
+
+BEAT_S = 0.5
+
+
+def run_host(config: dict[str, Any]) -> None:
+    """Ray Train's training function.
+
+    Args:
+        config: ``coordinator`` and ``agent_prefix``, names of actors; ``namespace``.
+    """
+    import ray
+    import ray.train
+
+    context = ray.train.get_context()
+    runtime = ray.get_runtime_context()
+    node_id = runtime.get_node_id()
+    gpu_ids = tuple(str(gpu) for gpu in runtime.get_accelerator_ids().get("GPU", []))
+    coordinator = ray.get_actor(config["coordinator"], namespace=config["namespace"])
+    place = {
+        "world_rank": context.get_world_rank(),
+        "group_size": context.get_world_size(),
+        "node_id": node_id,
+        "gpu_ids": gpu_ids,
+    }
+    ray.get(coordinator.register_host.remote(place))
+    agent: Any = None
+    while ray.get(coordinator.host_beat.remote(place)):
+        if agent is None:
+            with contextlib.suppress(ValueError):  # it is still starting
+                agent = ray.get_actor(config["agent_prefix"] + node_id, namespace=config["namespace"])
+        if agent is not None:
+            agent.renew_lease.remote()
+        SYSTEM_CLOCK.sleep(BEAT_S)
