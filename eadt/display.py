@@ -105,6 +105,12 @@ def describe_setpoint(setpoint: Any) -> str:
     return ", ".join(parts)
 
 
+def _one_line(text: Any) -> str:
+    """The first line of a text that may hold an engine's whole output."""
+    first, _, rest = str(text or "").strip().partition("\n")
+    return f"{first} ..." if rest else first
+
+
 def _workers(num_workers: Any, share: Any) -> str:
     if num_workers is None:
         return ""
@@ -215,13 +221,13 @@ def _checkpoint_line(event: Event) -> str:
 
 def _fault_line(event: Event) -> str:
     node = f" on node {str(event['node'])[:12]}" if event.get("node") else ""
-    detail = f": {event['detail']}" if event.get("detail") else ""
+    detail = f": {_one_line(event['detail'])}" if event.get("detail") else ""
     return f"fault: {event.get('kind')}{node}{detail}"
 
 
 def _note_line(event: Event) -> str:
-    code = event.get("code")
-    return f"note{f' {code}' if code else ''}: {event.get('text', '')}"
+    code, text = str(event.get("code") or ""), _one_line(event.get("text"))
+    return f"note {code}: {text}" if code and not text.startswith(code) else f"note: {text}"
 
 
 _DESCRIBERS: dict[str, Any] = {

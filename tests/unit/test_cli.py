@@ -1,0 +1,618 @@
+"""The command line without Ray: a fake trainer stands where training would start.
+
+What is real: argument parsing, configuration, the ledger and its report, exit statuses, and (as processes of
+their own) the program's speed and its one JSON document.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from eadt.cli import app
+from eadt.cli.overrides import load_with_overrides
+from eadt.config import InvalidConfigError
+from eadt.errors import DeadlineError, EadtError, EnvironmentFailure
+from eadt.telemetry.ledger import LedgerWriter
+from eadt.telemetry.report import build_report
+from eadt.testing.clock import FakeClock
+
+CONFIG = """\
+training:
+  model_config: {model_type: gpt_neox, hidden_size: 32}
+  tokenizer_name_or_path: byte
+  dataset_path: python-stdlib
+  train_batch_size: 12
+  per_device_train_batch_size: 6
+  max_steps: 600
+  learning_rate: 1e-3
+elastic:
+  num_workers: 2
+  max_workers: 3
+"""
+TWO = {"num_workers": 2, "workers_per_gpu": 2, "mps_active_thread_percentage": 50}
+THREE = {"num_workers": 3, "workers_per_gpu": 3, "mps_active_thread_percentage": 35}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a configuration in it and no cluster around it."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_PROMETHEUS_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def eadt(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def write_ledger(run_folder: Path, status: str = "completed") -> None:
+    """A small ledger: two steps, one decision that was kept, one resize."""
+    clock = FakeClock()
+    anchor = {"monotonic_s": clock.monotonic_s(), "unix_s": clock.unix_s()}
+    begun_s = clock.monotonic_s()
+    with LedgerWriter(run_folder / "ledger", clock) as ledger:
+        ledger.append(
+            {
+                "type": "run",
+                "event": "started",
+                "run_id": "r1",
+                "name": run_folder.name,
+                "status": "running",
+                "config": {},
+                "versions": {},
+            }
+        )
+        ledger.append(
+            {
+                "type": "node",
+                "node": "n1",
+                "hostname": "h",
+                "anchor": anchor,
+                "num_gpus": 0,
+                "num_cores": 2,
+                "sources": [],
+            }
+        )
+        ledger.append(
+            {"type": "generation", "generation": 1, "event": "started", "setpoint": TWO, "world_size": 2}
+        )
+        for step in (1, 2):
+            t0 = clock.monotonic_s()
+            clock.advance(10)
+            ledger.append(
+                {
+                    "type": "step",
+                    "node": "n1",
+                    "generation": 1,
+                    "step": step,
+                    "t0": t0,
+                    "t1": t0 + 10,
+                    "primary": True,
+                    "loss": 4.0 - step,
+                    "samples": 12,
+                    "tokens": 1200,
+                    "learning_rate": 1e-3,
+                    "world_size": 2,
+                }
+            )
+        ledger.append(
+            {
+                "type": "energy",
+                "node": "n1",
+                "t0": begun_s,
+                "t1": clock.monotonic_s(),
+                "component": "cpu",
+                "energy_j": 600.0,
+                "quality": "estimated",
+                "source": "estimate",
+                "gap": False,
+            }
+        )
+        ledger.append(
+            {
+                "type": "observation",
+                "at_s": 20.0,
+                "setpoint": TWO,
+                "samples_per_second": 1.2,
+                "power_w": 30.0,
+                "quality": "estimated",
+                "efficiency_samples_per_j": 0.04,
+            }
+        )
+        decision = {
+            "type": "decision",
+            "decision_id": "d1",
+            "at_s": 20.0,
+            "action": "scale_replicas",
+            "reason": "Power is high.",
+            "setpoint_before": TWO,
+            "setpoint_after": THREE,
+            "expected": {"summary": "more samples a joule."},
+            "measured": None,
+        }
+        ledger.append({**decision, "outcome": "pending"})
+        ledger.append({**decision, "outcome": "kept", "measured": {"verdict": "Efficiency rose by 8 %."}})
+        ledger.append(
+            {
+                "type": "resize",
+                "at_s": 21.0,
+                "from_workers": 2,
+                "to_workers": 3,
+                "kind": "in_place",
+                "reason": "d1",
+                "seconds": 0.25,
+                "lost_steps": 0,
+                "parts": {},
+                "setpoint_before": TWO,
+                "setpoint_after": THREE,
+            }
+        )
+        ledger.append({"type": "generation", "generation": 2, "event": "started", "setpoint": THREE})
+        if status != "running":
+            ledger.append(
+                {"type": "run", "event": "ended", "run_id": "r1", "name": run_folder.name, "status": status}
+            )
+
+
+@dataclass
+class FakeTrainer:
+    """Stands for :class:`eadt.trainer.EnergyAdaptiveTrainer`; remembers what it was given."""
+
+    status: str = "completed"
+    error: EadtError | None = None
+    raises: BaseException | None = None
+    prints: str = ""
+    config: Any = None
+    fresh: bool = False
+    on_event: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
+
+    def __call__(self, config: Any, *, on_event: Any, fresh: bool) -> "FakeTrainer":
+        self.config, self.on_event, self.fresh = config, on_event, fresh
+        return self
+
+    def fit(self) -> Any:
+        self.on_event({"type": "phase", "text": "starting Ray (local, 2 CPUs)"})
+        if self.prints:
+            print(self.prints)
+        if self.raises is not None:
+            raise self.raises
+        folder = self.config.run_folder
+        write_ledger(folder, self.status)
+        result = ModuleType("result")
+        result.__dict__.update(
+            run_folder=folder,
+            status=self.status,
+            report=build_report(folder),
+            report_paths={"html": folder / "report.html"},
+            final_model_path=None,
+            error=self.error,
+        )
+        return result
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> FakeTrainer:
+    fake = FakeTrainer()
+    module = ModuleType("eadt.trainer")
+    module.__dict__["EnergyAdaptiveTrainer"] = fake
+    monkeypatch.setitem(sys.modules, "eadt.trainer", module)
+    return fake
+
+
+# -- overrides ---------------------------------------------------------------------------------------------
+
+
+def test_set_changes_a_value_and_leaves_the_rest(folder: Path) -> None:
+    config = load_with_overrides(
+        Path("run.yaml"),
+        [
+            "training.max_steps=20",
+            "training.learning_rate=5e-4",
+            "policy.power_low_w=20",
+            "policy.power_high_w=30",
+            "training.model_config.hidden_size=64",
+        ],
+        name="other",
+    )
+    assert config.training.max_steps == 20
+    assert config.training.learning_rate == pytest.approx(5e-4)
+    assert (config.policy.power_low_w, config.policy.power_high_w) == (20, 30)
+    assert config.training.model_config_overrides == {"model_type": "gpt_neox", "hidden_size": 64}
+    assert config.training.train_batch_size == 12
+    assert config.run_folder == Path("runs/other")
+
+
+def test_the_run_keeps_the_files_name_when_something_is_set(folder: Path) -> None:
+    assert load_with_overrides(Path("run.yaml"), ["run.seed=3"]).run.name == "run"
+
+
+def test_a_value_adopted_from_deepspeed_follows_its_override(folder: Path) -> None:
+    (folder / "run.yaml").write_text(CONFIG + "deepspeed: {gradient_clipping: 1.0}\npolicy:\n")
+    config = load_with_overrides(Path("run.yaml"), ["deepspeed.gradient_clipping=2.0"])
+    assert config.training.max_grad_norm == 2.0
+
+
+def test_an_entry_of_a_list_can_be_set(folder: Path) -> None:
+    schedule = (
+        "policy: {type: schedule, schedule: [{at_step: 5, num_workers: 1}, {at_step: 9, num_workers: 3}]}\n"
+    )
+    (folder / "run.yaml").write_text(CONFIG + schedule)
+    config = load_with_overrides(Path("run.yaml"), ["policy.schedule[1].at_step=50"])
+    assert [entry.at_step for entry in config.policy.schedule] == [5, 50]
+    with pytest.raises(InvalidConfigError, match=r"no entry \[7\]"):
+        load_with_overrides(Path("run.yaml"), ["policy.schedule[7].at_step=50"])
+
+
+def test_problems_of_set_are_located_at_the_option_and_all_listed(folder: Path) -> None:
+    settings = ["training.max_steps=abc", "policy.power_low=9", "training.lr=1"]
+    with pytest.raises(InvalidConfigError) as caught:
+        load_with_overrides(Path("run.yaml"), settings)
+    problems = {problem.key: problem for problem in caught.value.problems}
+    assert problems["training.max_steps"].file == "--set training.max_steps=abc"
+    assert problems["policy.power_low"].nearest == "policy.power_low_w"
+    assert set(problems) == {"training.max_steps", "policy.power_low", "training.lr"}
+
+
+def test_a_conflict_with_the_file_is_located_in_the_file(folder: Path) -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        load_with_overrides(Path("run.yaml"), ["elastic.max_workers=1"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.file, problem.line) == ("elastic.num_workers", "run.yaml", 10)
+
+
+@pytest.mark.parametrize("text", ["training.max_steps", "=3", "training.max_steps: 3"])
+def test_set_without_a_key_and_a_value_is_refused(folder: Path, text: str) -> None:
+    with pytest.raises(InvalidConfigError, match="must have the form key=value"):
+        load_with_overrides(Path("run.yaml"), [text])
+
+
+# -- validate and schema -------------------------------------------------------------------------------------
+
+
+def test_validate_says_what_the_run_means(folder: Path) -> None:
+    result = eadt("validate", "run.yaml")
+    assert result.exit_code == 0
+    assert "run.yaml is valid" in result.stdout
+    assert "12 sequences a step" in result.stdout
+
+
+def test_validate_lists_problems_with_file_and_line_and_ends_with_2(folder: Path) -> None:
+    (folder / "run.yaml").write_text(CONFIG.replace("max_steps: 600", "max_step: 600"))
+    result = eadt("validate", "run.yaml")
+    assert result.exit_code == 2
+    assert "run.yaml:7: training.max_step: unknown key; did you mean max_steps?" in result.stderr
+    assert "EADT-201" in result.stderr
+    assert result.stdout == ""
+
+
+def test_validate_finds_a_batch_that_no_worker_count_holds(folder: Path) -> None:
+    result = eadt("validate", "run.yaml", "--set", "training.train_batch_size=13")
+    assert result.exit_code == 2
+    assert "2 workers cannot hold a global batch of 13" in result.stderr
+
+
+def test_validate_as_json_is_one_document_for_good_and_bad(folder: Path) -> None:
+    good = eadt("validate", "run.yaml", "-o", "json")
+    assert json.loads(good.stdout)["valid"] is True
+    bad = eadt("validate", "run.yaml", "--set", "training.max_steps=0", "-o", "json")
+    error = json.loads(bad.stdout)["error"]
+    assert bad.exit_code == 2
+    assert (error["code"], error["exit_status"]) == ("EADT-201", 2)
+    assert error["problems"][0]["key"] == "training.max_steps"
+
+
+def test_schema_is_json(folder: Path) -> None:
+    assert "training" in json.loads(eadt("schema").stdout)["properties"]
+
+
+# -- run -----------------------------------------------------------------------------------------------------
+
+
+def test_run_shows_what_it_does_and_what_came_of_it(folder: Path, trainer: FakeTrainer) -> None:
+    result = eadt("run", "run.yaml", "--name", "demo", "--fresh", "--set", "training.max_steps=2")
+    assert result.exit_code == 0, result.output
+    assert (trainer.config.run.name, trainer.config.training.max_steps, trainer.fresh) == ("demo", 2, True)
+    for part in (
+        "starting Ray (local, 2 CPUs)",
+        "demo: completed, 2 steps",
+        "loss:      3.0000 → 2.0000",
+        "600 J (estimated)",
+        "workers 2 → 3",
+        "longest pause 0.25 s",
+        "runs/demo/report.html",
+    ):
+        assert part in result.stdout
+
+
+def test_run_as_json_keeps_everything_else_off_standard_output(folder: Path, trainer: FakeTrainer) -> None:
+    trainer.prints = "a library says something"
+    result = eadt("run", "run.yaml", "-o", "json")
+    document = json.loads(result.stdout)
+    assert document["status"] == "completed"
+    assert document["report"]["energy_j"]["total"] == pytest.approx(600.0)
+    assert document["error"] is None
+    assert "a library says something" in result.stderr
+    assert "starting Ray" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "expected"),
+    [
+        ("completed", None, 0),
+        ("interrupted", None, 130),
+        ("failed", None, 1),
+        ("failed", EnvironmentFailure("no room", code="EADT-300", means="it stopped", fix="make room"), 3),
+        ("failed", DeadlineError("too late", code="EADT-400"), 4),
+    ],
+)
+def test_run_ends_with_the_status_of_what_happened(
+    folder: Path, trainer: FakeTrainer, status: str, error: EadtError | None, expected: int
+) -> None:
+    trainer.status, trainer.error = status, error
+    result = eadt("run", "run.yaml")
+    assert result.exit_code == expected
+    if error is not None:
+        for part in (error.code, error.what, error.means, error.fix):
+            assert part in result.stderr
+    assert ("the same command goes on" in result.stdout) == (status == "interrupted")
+
+
+def test_an_error_of_ours_has_no_traceback(folder: Path, trainer: FakeTrainer) -> None:
+    trainer.raises = EnvironmentFailure("Ray does not answer", code="EADT-301", fix="start it")
+    result = eadt("run", "run.yaml")
+    assert result.exit_code == 3
+    assert "EADT-301: Ray does not answer" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_a_file(folder: Path, trainer: FakeTrainer) -> None:
+    (folder / "runs" / "run").mkdir(parents=True)
+    trainer.raises = ZeroDivisionError("one by zero")
+    result = eadt("run", "run.yaml", "-o", "json")
+    assert result.exit_code == 1
+    assert "unexpected error: ZeroDivisionError: one by zero" in result.stderr
+    assert "Traceback" not in result.output
+    (file,) = (folder / "runs" / "run").glob("eadt-crash-*.txt")
+    assert file.name in result.stderr
+    assert "ZeroDivisionError: one by zero" in file.read_text()
+    assert json.loads(result.stdout)["error"]["exit_status"] == 1
+
+
+def test_ctrl_c_ends_with_130(folder: Path, trainer: FakeTrainer) -> None:
+    trainer.raises = KeyboardInterrupt()
+    result = eadt("run", "run.yaml", "-o", "json")
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["error"]["code"] == "interrupted"
+
+
+def test_a_bad_configuration_never_reaches_the_trainer(folder: Path, trainer: FakeTrainer) -> None:
+    result = eadt("run", "run.yaml", "--set", "training.dataset_path=missing-folder")
+    assert result.exit_code == 2
+    assert "missing-folder" in result.stderr
+    assert trainer.config is None
+
+
+def test_require_names_what_is_missing_and_its_fix(
+    folder: Path, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eadt.telemetry import capabilities
+    from eadt.telemetry.capabilities import Capability
+
+    found = [Capability("nvml", "missing", "no driver", "install it"), Capability("memory", "ok", "enough")]
+    monkeypatch.setattr(capabilities, "survey", lambda config: found)
+    assert eadt("run", "run.yaml", "--require", "memory").exit_code == 0
+    trainer.config = None
+    for name in ("nvml", "powercap"):
+        refused = eadt("run", "run.yaml", "--require", name)
+        assert refused.exit_code == 3
+        assert "no driver" in refused.stderr
+        assert "install it" in refused.stderr
+    unknown = eadt("run", "run.yaml", "--require", "antigravity")
+    assert unknown.exit_code == 2
+    assert trainer.config is None
+
+
+# -- report and status -------------------------------------------------------------------------------------
+
+
+def test_report_writes_its_files_and_says_where(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    result = eadt("report", "demo", "--format", "markdown", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("runs/demo").glob("report.*")} == {"report.md", "report.json"}
+    assert "runs/demo/report.md" in result.stdout
+
+
+def test_report_as_json_writes_no_file(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    document = json.loads(eadt("report", "runs/demo", "-o", "json").stdout)
+    assert document["energy_j"]["total"] == pytest.approx(600.0)
+    assert sum(document["energy_j"]["by_use"].values()) == pytest.approx(600.0)
+    assert list(Path("runs/demo").glob("report.*")) == []
+
+
+def test_report_of_a_run_that_is_not_there_names_those_that_are(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    result = eadt("report", "dmeo")
+    assert result.exit_code == 2
+    assert "runs here: demo" in result.stderr
+
+
+def test_report_refuses_an_unknown_format(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    result = eadt("report", "demo", "--format", "pdf")
+    assert result.exit_code == 2
+    assert "name one of json, markdown, html, or none" in result.stderr
+
+
+def test_status_of_a_run_that_has_ended_is_read_from_its_ledger(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    result = eadt("status")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "demo: completed (from the ledger",
+        "3 workers at 35 %",
+        "step 2, loss 2.0000",
+        "1.20 samples/s, 30.0 W (estimated)",
+        "2 workers at 50 % → 3 workers at 35 %",
+        "Power is high.",
+        "expected: more samples a joule.",
+        "outcome:  kept: Efficiency rose by 8 %.",
+    ):
+        assert part in result.stdout
+
+
+def test_status_asks_the_supervisor_of_a_run_that_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ledger(Path("runs/demo"), status="running")
+    asked: list[tuple[str | None, str | None]] = []
+
+    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+        asked.append((run, address))
+        return {"run": run, "status": "running", "setpoint": TWO, "observations": [], "decisions": []}
+
+    module = ModuleType("eadt.status")
+    module.__dict__["fetch_status"] = fetch_status
+    monkeypatch.setitem(sys.modules, "eadt.status", module)
+    document = json.loads(eadt("status", "demo", "-o", "json").stdout)
+    assert asked == [("demo", None)]
+    assert (document["source"], document["setpoint"]["num_workers"]) == ("supervisor", 2)
+
+
+def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ledger(Path("runs/demo"), status="running")
+
+    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+        raise EnvironmentFailure("no supervisor of that run", code="EADT-303")
+
+    module = ModuleType("eadt.status")
+    module.__dict__["fetch_status"] = fetch_status
+    monkeypatch.setitem(sys.modules, "eadt.status", module)
+    result = eadt("status", "demo", "-o", "json")
+    assert json.loads(result.stdout)["source"] == "ledger"
+    assert "no supervisor of that run" in result.stderr
+
+
+def test_status_without_any_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "eadt.status", None)
+    result = eadt("status")
+    assert result.exit_code == 2
+    assert "no run here" in result.stderr
+
+
+# -- doctor --------------------------------------------------------------------------------------------------
+
+
+def test_doctor_gives_each_line_a_state_and_every_trouble_a_fix(folder: Path) -> None:
+    document = json.loads(eadt("doctor", "-o", "json").stdout)
+    assert document["can_run"] is True
+    found = {item["name"]: item for item in document["capabilities"]}
+    assert {
+        "python",
+        "packages",
+        "ray_cluster",
+        "ray_token",
+        "nvml",
+        "shared_memory",
+        "working_dir",
+        "prometheus",
+        "power_source",
+    } <= set(found)
+    for item in found.values():
+        assert item["state"] == "ok" or item["fix"]
+
+
+def test_doctor_ends_with_3_when_the_cluster_does_not_answer(folder: Path) -> None:
+    result = eadt("doctor", "--address", "127.0.0.1:9")
+    assert result.exit_code == 3
+    assert "nothing answers at 127.0.0.1:9" in result.stdout
+
+
+def test_doctor_warns_of_a_folder_that_is_too_large_to_submit(folder: Path) -> None:
+    with (folder / "model.bin").open("wb") as file:
+        file.truncate(101 << 20)
+    result = eadt("doctor", "-o", "json")
+    found = {item["name"]: item for item in json.loads(result.stdout)["capabilities"]}
+    assert found["working_dir"]["state"] == "degraded"
+    assert "model.bin" in found["working_dir"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "state", "part"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "degraded", "RAY_AUTH_MODE is disabled"),
+        ({"RAY_AUTH_TOKEN": "secret-value"}, "ok", "taken from RAY_AUTH_TOKEN"),
+        ({}, "ok", "there is no token"),
+    ],
+)
+def test_doctor_says_where_the_token_comes_from_but_never_shows_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], state: str, part: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = eadt("doctor", "-o", "json")
+    found = {item["name"]: item for item in json.loads(result.stdout)["capabilities"]}
+    assert found["ray_token"]["state"] == state
+    assert part in found["ray_token"]["detail"]
+    assert "secret-value" not in result.output
+
+
+# -- as a process --------------------------------------------------------------------------------------------
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from eadt.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def test_help_of_every_command_has_an_example() -> None:
+    for command in ("run", "validate", "schema", "status", "report", "doctor"):
+        assert f"eadt {command}" in CliRunner().invoke(app, [command, "--help"]).stdout.replace(
+            "Usage: eadt", ""
+        )
+
+
+def test_help_and_validate_load_no_heavy_library(folder: Path) -> None:
+    code = (
+        "import sys\nfrom eadt.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['validate', 'run.yaml']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print(sorted({'torch', 'ray', 'deepspeed', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_json_document_is_alone_on_standard_output_of_a_process(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    result = process("status", "demo", "-o", "json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["run"] == "demo"
+
+
+def test_usage_errors_end_with_2(folder: Path) -> None:
+    assert process("run").returncode == 2
+    assert process("frobnicate").returncode == 2
