@@ -112,6 +112,7 @@ class CoordinatorActor:
     def __init__(self, settings: RunSettings, run_folder: str) -> None:
         self._recorder = Recorder(LedgerWriter(Path(run_folder) / "ledger"))
         self._coordinator = Coordinator(settings, self._recorder)
+        self._kept: dict[str, dict[str, Any]] = {}
 
     async def run(self) -> None:
         """Carry the run through; returns at its end."""
@@ -190,6 +191,14 @@ class CoordinatorActor:
     async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int, float]:
         """Samples/s and steps of the last ``window_s`` s, and the time of the answer."""
         return *self._recorder.throughput(window_s, since_unix_s), unix_s()
+
+    async def keep_state(self, name: str, value: dict[str, Any]) -> None:
+        """Keep what an actor needs when it is started again."""
+        self._kept[name] = value
+
+    async def kept_state(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`keep_state` was last given; ``None`` without any."""
+        return self._kept.get(name)
 
 
 class NodeAgentActor:
