@@ -1,0 +1,159 @@
+"""What runs on a Ray cluster are doing, asked of their supervisors from outside. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from eadt.adapters.ray_probe import cluster_address, probe
+from eadt.errors import ConfigError, EnvironmentFailure
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+    """What a run's supervisor answers; see ``EnergySupervisor.status``. Blocks for some seconds.
+
+    Args:
+        run: Name or id of the run; ``None`` for the only one that is going on.
+        address: Ray cluster to ask; ``None``: ``RAY_ADDRESS``, else the cluster on this machine.
+
+    Raises:
+        EnvironmentFailure: EADT-301, no cluster answers; EADT-307, it refuses the token; EADT-308, no run
+            (of that name) is going on; EADT-309, its supervisor does not answer.
+        ConfigError: EADT-208, several runs are meant.
+    """
+    with _connected(address):
+        run_id, answer = choose_run(_ask_supervisors(), run)
+    if answer is None:
+        raise EnvironmentFailure(
+            f"the supervisor of {run_id} does not answer",
+            code="EADT-309",
+            means="training goes on without it; Ray starts it again",
+            fix="ask again in a moment",
+        )
+    return answer
+
+
+def choose_run(
+    answers: dict[str, dict[str, Any] | None], run: str | None
+) -> tuple[str, dict[str, Any] | None]:
+    """The run that is meant, with its answer.
+
+    Args:
+        answers: What supervisors answered, by run id; ``None`` where one did not.
+        run: Name or id; ``None`` for the only one.
+
+    Raises:
+        EnvironmentFailure: EADT-308, there is none.
+        ConfigError: EADT-208, there are several.
+    """
+    names = {run_id: _name(run_id, answer) for run_id, answer in answers.items()}
+    if run in answers:
+        meant = [run]
+    else:
+        meant = [run_id for run_id, name in names.items() if run in (None, name)]
+    if len(meant) == 1:
+        return meant[0], answers[meant[0]]
+    if meant:
+        listed = ", ".join(f"{names[run_id]} ({run_id})" for run_id in sorted(meant))
+        raise ConfigError(
+            f"several runs are going on: {listed}",
+            code="EADT-208",
+            means="it is not clear which one is meant",
+            fix=f"name one by its id, such as: eadt status {min(meant)}",
+        )
+    others = ", ".join(sorted(set(names.values())))
+    raise EnvironmentFailure(
+        "no run is going on on this cluster" if run is None else f"no run {run} is going on on this cluster",
+        code="EADT-308",
+        means="no supervisor can be asked",
+        fix=f"going on: {others}" if others else "for a run that has ended: eadt report RUN",
+    )
+
+
+def _name(run_id: str, answer: dict[str, Any] | None) -> str:
+    """The run's name; a supervisor that has not seen the run yet does not know it, but the id begins so."""
+    return str((answer or {}).get("name") or run_id.rpartition("-")[0] or run_id)
+
+
+def _ask_supervisors() -> dict[str, dict[str, Any] | None]:
+    """What every supervisor of the cluster answers, by run id."""
+    import ray
+
+    from eadt.actors import NAMESPACE
+    from eadt.supervisor_actor import SUPERVISOR_PREFIX
+
+    asked: dict[str, Any] = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(SUPERVISOR_PREFIX):
+            run_id = actor["name"].removeprefix(SUPERVISOR_PREFIX)
+            try:
+                asked[run_id] = ray.get_actor(actor["name"], namespace=NAMESPACE).status.remote()
+            except ValueError:
+                continue  # it ended since it was listed
+    if asked:
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
+    answers: dict[str, dict[str, Any] | None] = {}
+    for run_id, reference in asked.items():
+        try:
+            answers[run_id] = ray.get(reference, timeout=0.1)
+        except ray.exceptions.RayError:
+            answers[run_id] = None
+    return answers
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Within the cluster; a connection that was there before is used, and left open."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    found = cluster_address(address) or cluster_address("auto") or "auto"
+    _check_answers(found)
+    try:
+        ray.init(address=found, log_to_driver=False, logging_level="error")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentFailure(
+            f"the Ray cluster at {found} cannot be joined from here: {lines[0]}",
+            code="EADT-301",
+            means="its runs cannot be asked; they go on",
+            fix="ask from one of its nodes, for example with `ray job submit -- eadt status`, or through Ray's "
+            "client: --address ray://HEAD:10001",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ask first whether the cluster answers: Ray's own attempt waits long and explains little."""
+    answer = probe(address)
+    if answer.state == "ok":
+        return
+    if answer.state == "refused":
+        raise EnvironmentFailure(
+            f"the Ray cluster at {address} refuses the token: {answer.detail}",
+            code="EADT-307",
+            means="its runs cannot be asked; they go on",
+            fix="copy the cluster's ~/.ray/auth_token here (mode 600), or set RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH; on the head node `ray get-auth-token` prints it",
+        )
+    if address == "auto":
+        raise EnvironmentFailure(
+            "no Ray cluster runs on this machine",
+            code="EADT-301",
+            means="there is no run to ask",
+            fix="start one with `eadt run FILE`, or name a cluster with --address or RAY_ADDRESS",
+        )
+    raise EnvironmentFailure(
+        f"the Ray cluster at {address} does not answer: {answer.detail}",
+        code="EADT-301",
+        means="its runs cannot be asked",
+        fix="check address and port (the head node's GCS, 6379 by default) and that the cluster is up",
+    )
