@@ -122,8 +122,8 @@ def _connected(address: str | None) -> Iterator[None]:
             f"the Ray cluster at {found} cannot be joined from here: {lines[0]}",
             code="EADT-301",
             means="its runs cannot be asked; they go on",
-            fix="ask from one of its nodes, for example with `ray job submit -- eadt status`, or through Ray's "
-            "client: --address ray://HEAD:10001",
+            fix="ask from one of its nodes, for example with `ray job submit -- eadt status`, or through "
+            "Ray's client: --address ray://HEAD:10001",
         ) from error
     try:
         yield
