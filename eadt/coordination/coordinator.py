@@ -184,6 +184,8 @@ class Coordinator:
         group_size = next(iter(self._hosts.values())).group_size
         if len(self._hosts) < group_size:
             return None  # a new worker group is still assembling
+        if self._host_target is None and self.settings.mode in ("group", "restart"):
+            return None  # Ray Train has not asked yet how many hosts this setpoint wants
         if self._host_target is not None and group_size != self._host_target:
             return None  # Ray Train is about to resize the worker group
         gone = {host.node_id for host in self._hosts.values()} - set(self._nodes)
@@ -709,6 +711,7 @@ class Coordinator:
 
     async def _restart_from_storage(self) -> None:
         """Restart mode: the state goes through a checkpoint, and memory is given back."""
+        self._host_target = None
         await self._persist("just_in_time")
         if self._manifest is not None and self._newest and self._manifest.step == self._newest.step:
             self._forget_newest()
@@ -857,6 +860,7 @@ class Coordinator:
             return {"accepted": False, "why": "the run is ending"}
         self._desired, self._desired_reason, self._decision_id = setpoint, reason, decision_id
         self._ahead_failed = None
+        self._host_target = None
         if decision_id is not None:
             self._changes[decision_id] = {"state": "pending"}
         self._wake.set()
