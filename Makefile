@@ -2,6 +2,7 @@
 # make test    style, types, layers and tests
 # make lint    style, types and layers only
 # make bench   the benchmarks; results go to benchmarks/results/
+# make docs    what is made from the code: docs/configuration.md
 # make clean   removes what tools left behind; 'make clean-all' also the environment and the runs
 #
 # The first call of any of them makes the environment .venv. PYTHON=/path/to/python3.12 chooses the Python.
@@ -17,7 +18,7 @@ CLEAN_ENV := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX -u P
 NO_CLUSTER := env -u RAY_ADDRESS -u PYTHONPATH -u PYTHONHOME
 PYTEST_ARGS ?=
 
-.PHONY: help environment demo test lint bench clean clean-all
+.PHONY: help environment demo test lint bench docs clean clean-all
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -49,6 +50,9 @@ bench: environment
 	  echo "[bench] $$script, results to benchmarks/results/$$name.json"; \
 	  $(NO_CLUSTER) $(BIN)/python "$$script"; \
 	done
+
+docs: environment
+	@$(NO_CLUSTER) $(BIN)/python scripts/make_docs.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
