@@ -89,16 +89,24 @@ class NodeAgent:
         settings: What it needs to know.
         on_event: Gets what engines say, and their end.
         on_row: Gets ledger rows of this node.
+        make_pool: Makes the engine pool; takes its folder, where its events go and the fork server's
+            environment. Several pretended nodes of a test share one fork server through it.
     """
 
-    def __init__(self, settings: AgentSettings, on_event: EventSink, on_row: RowSink) -> None:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        on_event: EventSink,
+        on_row: RowSink,
+        make_pool: Callable[[Path, EventSink, dict[str, str]], EnginePool] = EnginePool,
+    ) -> None:
         self._settings = settings
         self._on_event = on_event
         self._on_row = on_row
         name = f"eadt-{settings.run_id}-{settings.node_id[:12]}"
         self._folder = Path(settings.shared_memory_dir) / name
         self._spill = Path(settings.spill_dir) / name
-        self._pool = EnginePool(self._folder, self._engine_event, self._fork_server_env())
+        self._pool = make_pool(self._folder, self._engine_event, self._fork_server_env())
         self._server = StateServer(
             [self._folder, self._spill], settings.node_ip, bytes.fromhex(settings.run_key)
         )

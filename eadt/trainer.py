@@ -108,7 +108,7 @@ class EnergyAdaptiveTrainer:
         self, config: RunConfig, run_id: str, data: PreparedData | None, cluster: Cluster
     ) -> TrainingResult:
         devices = cluster.devices(config)
-        settings = _settings(config, run_id, devices, data)
+        settings = run_settings(config, run_id, devices, data)
         self._phase(
             f"training on {devices.describe()}, {settings.setpoint.describe()}, "
             f"global batch {settings.train_batch_size}, {settings.job.max_steps} steps"
@@ -190,7 +190,12 @@ def _check_checkpoint(config: RunConfig, data: PreparedData | None, store: Check
         )
 
 
-def _settings(config: RunConfig, run_id: str, devices: Devices, data: PreparedData | None) -> RunSettings:
+def run_settings(config: RunConfig, run_id: str, devices: Devices, data: PreparedData | None) -> RunSettings:
+    """What the coordinator needs to know, from the configuration and what there is to train on.
+
+    Raises:
+        ConfigError: EADT-210, a number of workers cannot hold the batch; or the data is too short.
+    """
     training = config.training
     precision = training.precision or ("bf16" if devices.is_gpu else "fp32")
     setpoint = initial_setpoint(config, devices.num_devices, precision)
