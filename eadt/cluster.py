@@ -23,6 +23,7 @@ from eadt.config import RunConfig
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node_agent import AgentSettings
+from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
 
 _WATCH_S = 0.5
@@ -182,6 +183,25 @@ class ClusterRun:
             .remote(self._settings, str(self._config.run_folder))
         )
         self._run_reference = self._coordinator.run.remote()
+        settings = self._settings
+        self._supervisor = (
+            ray.remote(EnergySupervisorActor)
+            .options(
+                name=supervisor_name(settings.run_id),
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_restarts=-1,
+                scheduling_strategy=here,
+            )
+            .remote(
+                self._config,
+                settings.run_id,
+                settings.setpoint,
+                settings.train_batch_size,
+                self._devices.num_devices,
+            )
+        )
+        self._supervisor.start.remote()
         self._watch_nodes()
         self._watcher = threading.Thread(target=self._watch, name="eadt-watch", daemon=True)
         self._watcher.start()
@@ -225,6 +245,8 @@ class ClusterRun:
         self._over.set()
         if self._watcher is not None:
             self._watcher.join(timeout=10)
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._ask(self._supervisor.stop.remote())
         with contextlib.suppress(ray.exceptions.RayError):
             ray.wait([agent.stop.remote() for agent in self._agents.values()], num_returns=len(self._agents))
         with contextlib.suppress(ray.exceptions.RayError):
