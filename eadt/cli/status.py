@@ -13,7 +13,7 @@ from eadt.cli.output import Output, OutputFormat
 from eadt.display import describe, describe_setpoint
 from eadt.errors import ConfigError, EadtError
 from eadt.telemetry.ledger import LedgerContents, read_ledger
-from eadt.units import format_duration
+from eadt.units import format_duration, format_energy
 
 _NUM_DECISIONS = 10
 _NUM_OBSERVATIONS = 5
@@ -60,17 +60,10 @@ def _find(run: str | None, address: str | None, out: Output) -> dict[str, Any]:
         from eadt.status import fetch_status
 
         return {"source": "supervisor", **fetch_status(name, address)}
-    except (EadtError, ImportError) as error:
+    except EadtError as error:
         if from_ledger is None:
-            if isinstance(error, EadtError):
-                raise
-            raise ConfigError(
-                "there is no run here to show: runs/ is empty or missing",
-                code="EADT-331",
-                fix="start one with `eadt run FILE`, or name a run's folder",
-            ) from None
-        what = error.what if isinstance(error, EadtError) else str(error)
-        out.remark(f"The supervisor did not answer ({what}); this is from the ledger.")
+            raise
+        out.remark(f"The supervisor did not answer ({error.what}); this is from the ledger.")
         return from_ledger
 
 
@@ -144,12 +137,20 @@ def _show(found: dict[str, Any], out: Output) -> None:
         f"{found.get('run')}: {found.get('status', 'running')} (from the {found['source']}{age})",
         style="bold",
     )
-    out.text(f"  {'setpoint:':<11} {describe_setpoint(found.get('setpoint'))}")
+    setpoint, desired = found.get("setpoint"), found.get("desired")
+    change = f", changing to {describe_setpoint(desired)}" if desired and desired != setpoint else ""
+    out.text(f"  {'setpoint:':<11} {describe_setpoint(setpoint)}{change}")
     progress = found.get("progress")
     if isinstance(progress, dict) and progress.get("step") is not None:
         loss = progress.get("loss")
         loss_text = f", loss {loss:.4f}" if isinstance(loss, int | float) else ""
-        out.text(f"  {'progress:':<11} step {progress['step']}{loss_text}")
+        of_text = f"/{progress['max_steps']}" if progress.get("max_steps") else ""
+        out.text(f"  {'progress:':<11} step {progress['step']}{of_text}{loss_text}")
+    if found.get("energy_j") is not None:
+        quality = f" ({found['energy_quality']})" if found.get("energy_quality") else ""
+        out.text(f"  {'energy:':<11} {format_energy(found['energy_j'])}{quality}")
+    if found.get("waiting_for"):
+        out.text(f"  {'waiting:':<11} {found['waiting_for']}")
     observations = found.get("observations") or []
     out.text("  last observations:" if observations else "  no observation yet")
     for row in observations:

@@ -483,7 +483,18 @@ def test_status_asks_the_supervisor_of_a_run_that_goes_on(
 
     def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
         asked.append((run, address))
-        return {"run": run, "status": "running", "setpoint": TWO, "observations": [], "decisions": []}
+        return {
+            "run": run,
+            "status": "running",
+            "setpoint": TWO,
+            "desired": THREE,
+            "energy_j": 1500.0,
+            "energy_quality": "estimated",
+            "progress": {"step": 3, "max_steps": 9, "loss": 2.5},
+            "waiting_for": "resources",
+            "observations": [],
+            "decisions": [],
+        }
 
     module = ModuleType("eadt.status")
     module.__dict__["fetch_status"] = fetch_status
@@ -491,6 +502,15 @@ def test_status_asks_the_supervisor_of_a_run_that_goes_on(
     document = json.loads(eadt("status", "demo", "-o", "json").stdout)
     assert asked == [("demo", None)]
     assert (document["source"], document["setpoint"]["num_workers"]) == ("supervisor", 2)
+    shown = eadt("status", "demo").stdout
+    for part in (
+        "from the supervisor",
+        "2 workers at 50 %, changing to 3 workers at 35 %",
+        "step 3/9, loss 2.5000",
+        "1.50 kJ (estimated)",
+        "resources",
+    ):
+        assert part in shown
 
 
 def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,11 +527,19 @@ def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, monkeypatch: 
     assert "no supervisor of that run" in result.stderr
 
 
-def test_status_without_any_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "eadt.status", None)
+def test_status_without_any_run_says_why_there_is_none_to_ask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+        raise EnvironmentFailure("no Ray cluster runs on this machine", code="EADT-301", fix="start one")
+
+    module = ModuleType("eadt.status")
+    module.__dict__["fetch_status"] = fetch_status
+    monkeypatch.setitem(sys.modules, "eadt.status", module)
     result = eadt("status")
-    assert result.exit_code == 2
-    assert "no run here" in result.stderr
+    assert result.exit_code == 3
+    assert "EADT-301: no Ray cluster runs on this machine" in result.stderr
+    assert "start one" in result.stderr
 
 
 # -- doctor --------------------------------------------------------------------------------------------------
