@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +18,15 @@ def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
 
     Args:
         run: Name or id of the run; ``None`` for the only one that is going on.
-        address: Ray cluster to ask; ``None``: ``RAY_ADDRESS``, else the cluster on this machine.
+        address: Ray cluster to ask; ``None``: ``RAY_ADDRESS``, else every cluster on this machine, since
+            each run that was given no cluster has started one of its own.
 
     Raises:
         EnvironmentFailure: EADT-301, no cluster answers; EADT-307, it refuses the token; EADT-308, no run
             (of that name) is going on; EADT-309, its supervisor does not answer.
         ConfigError: EADT-208, several runs are meant.
     """
-    with _connected(address):
-        run_id, answer = choose_run(_ask_supervisors(), run)
+    run_id, answer = choose_run(_ask_clusters(address), run)
     if answer is None:
         raise EnvironmentFailure(
             f"the supervisor of {run_id} does not answer",
@@ -37,7 +38,7 @@ def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
 
 
 def choose_run(
-    answers: dict[str, dict[str, Any] | None], run: str | None
+    answers: Mapping[str, dict[str, Any] | None], run: str | None
 ) -> tuple[str, dict[str, Any] | None]:
     """The run that is meant, with its answer.
 
@@ -50,10 +51,10 @@ def choose_run(
         ConfigError: EADT-208, there are several.
     """
     names = {run_id: _name(run_id, answer) for run_id, answer in answers.items()}
-    if run in answers:
+    if run is not None and run in answers:
         meant = [run]
     else:
-        meant = [run_id for run_id, name in names.items() if run in (None, name)]
+        meant = [run_id for run_id, name in names.items() if run is None or run == name]
     if len(meant) == 1:
         return meant[0], answers[meant[0]]
     if meant:
@@ -66,7 +67,7 @@ def choose_run(
         )
     others = ", ".join(sorted(set(names.values())))
     raise EnvironmentFailure(
-        "no run is going on on this cluster" if run is None else f"no run {run} is going on on this cluster",
+        "no run is going on" if run is None else f"no run {run} is going on",
         code="EADT-308",
         means="no supervisor can be asked",
         fix=f"going on: {others}" if others else "for a run that has ended: eadt report RUN",
@@ -76,6 +77,36 @@ def choose_run(
 def _name(run_id: str, answer: dict[str, Any] | None) -> str:
     """The run's name; a supervisor that has not seen the run yet does not know it, but the id begins so."""
     return str((answer or {}).get("name") or run_id.rpartition("-")[0] or run_id)
+
+
+def _ask_clusters(address: str | None) -> dict[str, dict[str, Any] | None]:
+    """What all supervisors answer, by run id; a cluster that does not is passed over if others do."""
+    import ray
+
+    if ray.is_initialized():  # a connection that was there before is used, and left open
+        return _ask_supervisors()
+    answers: dict[str, dict[str, Any] | None] = {}
+    failures: list[EnvironmentFailure] = []
+    addresses = _addresses(address)
+    for found in addresses:
+        try:
+            with _connected(found):
+                answers |= _ask_supervisors()
+        except EnvironmentFailure as failure:
+            failures.append(failure)
+    if len(failures) == len(addresses):
+        raise failures[0]
+    return answers
+
+
+def _addresses(address: str | None) -> list[str]:
+    """The clusters to ask."""
+    if (address or os.environ.get("RAY_ADDRESS") or "auto") not in ("auto", "local"):
+        return [str(cluster_address(address))]
+    from ray._private.services import find_gcs_addresses
+
+    found = {*find_gcs_addresses(), cluster_address("auto")} - {None, "auto"}
+    return sorted(found) or ["auto"]
 
 
 def _ask_supervisors() -> dict[str, dict[str, Any] | None]:
@@ -105,21 +136,17 @@ def _ask_supervisors() -> dict[str, dict[str, Any] | None]:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Within the cluster; a connection that was there before is used, and left open."""
+def _connected(address: str) -> Iterator[None]:
+    """Within the cluster."""
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
-    found = cluster_address(address) or cluster_address("auto") or "auto"
-    _check_answers(found)
+    _check_answers(address)
     try:
-        ray.init(address=found, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EnvironmentFailure(
-            f"the Ray cluster at {found} cannot be joined from here: {lines[0]}",
+            f"the Ray cluster at {address} cannot be joined from here: {lines[0]}",
             code="EADT-301",
             means="its runs cannot be asked; they go on",
             fix="ask from one of its nodes, for example with `ray job submit -- eadt status`, or through "

@@ -1,12 +1,14 @@
 """Which run ``eadt status`` means."""
 
+from typing import Any
+
 import pytest
 
 from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.status import choose_run
 
-ONE = {"demo-1a2b3c": {"name": "demo"}}
-TWO = {**ONE, "big-model-4d5e6f": None}
+ONE: dict[str, dict[str, Any] | None] = {"demo-1a2b3c": {"name": "demo"}}
+TWO: dict[str, dict[str, Any] | None] = {**ONE, "big-model-4d5e6f": None}
 
 
 def test_the_only_run_need_not_be_named() -> None:

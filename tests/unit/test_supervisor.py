@@ -218,7 +218,7 @@ def test_an_observation_has_the_whole_jobs_numbers_and_is_booked() -> None:
     [observation] = job.observations
     assert observation.at_s == pytest.approx(60.0)
     assert observation.window_s == pytest.approx(60.0)
-    assert job.run.windows == [(0.0, pytest.approx(60.0))]
+    assert job.run.windows[0] == pytest.approx((0.0, 60.0))
     assert observation.samples_per_second == 70.0
     assert observation.power_w == 660.0
     assert observation.num_gpus == 3
