@@ -7,6 +7,7 @@ process as it likes: :func:`probe` starts ``python -m eadt.adapters.ray_probe`` 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -95,6 +96,26 @@ def probe(address: str, *, timeout_s: float = 8.0) -> ClusterAnswer:
     return ClusterAnswer(**json.loads(lines[-1]))
 
 
+def use_token_at_hand() -> None:
+    """Let Ray use the token that this user has, before ``ray.init`` with an address. Idempotent.
+
+    ``ray.init(address=...)`` and ``RAY_ADDRESS`` do not turn token authentication on by themselves, even
+    where ``~/.ray/auth_token`` or ``RAY_AUTH_TOKEN`` holds the right token: the cluster then refuses, and
+    Ray tries for a minute. An ``RAY_AUTH_MODE`` that is set is respected.
+    """
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would tell the user to consider opting out
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    finally:
+        logger.setLevel(level)
+
+
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if not host or not port.isdigit():
@@ -105,14 +126,10 @@ def _host_and_port(address: str) -> tuple[str, int]:
 def _ask(address: str) -> dict[str, Any]:
     """In the process of its own: the fields of a :class:`ClusterAnswer`."""
     import ray._raylet
-    from ray._private.authentication.authentication_token_setup import (
-        maybe_enable_token_auth_if_token_available,
-    )
 
     raylet: Any = ray._raylet
     try:
-        # As ray.init does: a token that is at hand is used, unless RAY_AUTH_MODE says otherwise.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        use_token_at_hand()
         nodes = raylet.GcsClient(address=address).get_all_node_info(timeout=4).values()
     except ray.exceptions.AuthenticationError as error:
         return {"state": "refused", "detail": error.message}

@@ -55,11 +55,12 @@ def _find(run: str | None, address: str | None, out: Output) -> dict[str, Any]:
     from_ledger = status_from_ledger(folder) if folder is not None else None
     if from_ledger is not None and from_ledger["status"] != "running" and address is None:
         return from_ledger
-    name = str(from_ledger["run"]) if from_ledger is not None else run
+    if from_ledger is not None:
+        run = str(from_ledger["run_id"] or from_ledger["run"])
     try:
         from eadt.status import fetch_status
 
-        return {"source": "supervisor", **fetch_status(name, address)}
+        return {"source": "supervisor", **fetch_status(run, address)}
     except EadtError as error:
         if from_ledger is None:
             raise
@@ -83,8 +84,8 @@ def status_from_ledger(folder: Path) -> dict[str, Any]:
         folder: The run's folder.
 
     Returns:
-        ``run``, ``status``, ``setpoint``, ``progress``, ``observations``, ``decisions`` and how old the last
-        entry is, ``age_s``.
+        ``run``, ``run_id``, ``status``, ``setpoint``, ``progress``, ``observations``, ``decisions`` and how
+        old the last entry is, ``age_s``.
     """
     contents = read_ledger(folder / "ledger")
     if not contents.rows:
@@ -100,6 +101,7 @@ def status_from_ledger(folder: Path) -> dict[str, Any]:
     return {
         "source": "ledger",
         "run": next((row["name"] for row in reversed(runs) if row.get("name")), folder.name),
+        "run_id": next((row["run_id"] for row in reversed(runs) if row.get("run_id")), None),
         "status": str(last_run.get("status") or "running"),
         "age_s": max(0.0, clock.unix_s() - max(float(row["unix_s"]) for row in contents.rows)),
         "setpoint": generations[-1].get("setpoint") if generations else None,

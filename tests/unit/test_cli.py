@@ -500,7 +500,7 @@ def test_status_asks_the_supervisor_of_a_run_that_goes_on(
     module.__dict__["fetch_status"] = fetch_status
     monkeypatch.setitem(sys.modules, "eadt.status", module)
     document = json.loads(eadt("status", "demo", "-o", "json").stdout)
-    assert asked == [("demo", None)]
+    assert asked == [("r1", None)]
     assert (document["source"], document["setpoint"]["num_workers"]) == ("supervisor", 2)
     shown = eadt("status", "demo").stdout
     for part in (

@@ -31,16 +31,6 @@ def test_only_one_adapter_uses_private_names_of_ray_train() -> None:
     assert users <= {"adapters/ray_train.py"}
 
 
-def test_private_names_of_ray_stay_in_the_adapters() -> None:
-    users = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
-        for name in imported_names(path)
-        if name.startswith(("ray._private", "ray._raylet"))
-    }
-    assert {user for user in users if not user.startswith("adapters/")} == set()
-
-
 @pytest.mark.parametrize(
     "module", ["eadt", "eadt.config", "eadt.cli", "eadt.control.factory", "eadt.display"]
 )
