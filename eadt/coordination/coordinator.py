@@ -529,6 +529,14 @@ class Coordinator:
         generation.saves.setdefault(values["step"], {})[rank] = values
         self._on_saved(generation, values)
 
+    def _engine_slot_wanted(
+        self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
+    ) -> None:
+        """The last step is done, and there is no room for its state."""
+        del generation, rank, node_id, values
+        if self._slots.num_slots == 1:
+            self._forget_newest()  # else a checkpoint is being written: its end frees the other one
+
     def _engine_exported(
         self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
     ) -> None:

@@ -291,6 +291,8 @@ class TrainingSession:
 
     def _wait_for_slot(self) -> int:
         self._read_commands()
+        if not self._free_slots:
+            self._channel.send("slot_wanted")
         while not self._free_slots:
             self._free_slots.append(self._channel.wait("free")[1])
         return self._free_slots[0]
