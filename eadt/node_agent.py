@@ -119,7 +119,9 @@ class NodeAgent:
             self._book,
             node=settings.node_id,
         )
-        self._booked: set[str] = {component.name for component in self._meter.components}
+        self._booked: set[str] | None = None  # not said yet: rows wait
+        self._waiting_rows: list[dict[str, Any]] = []
+        self._booking = threading.Lock()
         self._shares: dict[str, float] = {}
         self._primary: set[str] = set()
         self._lease_until_s = monotonic_s() + settings.lease_s
@@ -257,22 +259,31 @@ class NodeAgent:
 
     def set_booked(self, components: Sequence[str]) -> None:
         """Which components this node books; another Ray node on the same machine has the others."""
-        self._booked = set(components)
+        with self._booking:
+            self._booked = set(components)
+            rows, self._waiting_rows = self._waiting_rows, []
+        self._book(rows)
 
     def mean_power_w(self, window_s: float) -> tuple[float, Quality] | None:
         """Mean power of the training devices over the last ``window_s`` s, in W; unknown: ``None``."""
-        if not self._booked:
+        if self._booked is not None and not self._booked:
             return 0.0, Quality.MEASURED  # another Ray node measures this machine
         return self._meter.mean_power_w(window_s)
 
     def energy_j(self) -> float:
         """Energy of all components booked since the start, in J."""
         totals = self._meter.totals()
-        return sum(total.energy_j or 0.0 for name, total in totals.items() if name in self._booked)
+        booked = self._booked or ()
+        return sum(total.energy_j or 0.0 for name, total in totals.items() if name in booked)
 
     def _book(self, rows: list[dict[str, Any]]) -> None:
+        with self._booking:
+            if self._booked is None:
+                self._waiting_rows.extend(rows)
+                return
+            booked = self._booked
         for row in rows:
-            if row["type"] != "energy" or row["component"] in self._booked:
+            if row["type"] != "energy" or row["component"] in booked:
                 self._on_row(row)
 
     # -- state --------------------------------------------------------------------------------------

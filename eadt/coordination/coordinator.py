@@ -31,6 +31,9 @@ from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, 
 
 _TICK_S = 0.25
 _PING_TIMEOUT_S = 3.0
+_FIRST_NODES_S = 120.0
+"""How long a run waits at its start for the agents of all its hosts' nodes."""
+
 _PEER_LOST_GRACE_S = 0.5
 """How long to wait for the cause, when an engine only knows that another one has gone."""
 
@@ -189,6 +192,8 @@ class Coordinator:
         if self._host_target is not None and group_size != self._host_target:
             return None  # Ray Train is about to resize the worker group
         gone = {host.node_id for host in self._hosts.values()} - set(self._nodes)
+        if gone and self._current is None and self.recorder.at_s < _FIRST_NODES_S:
+            return None  # better to begin with all nodes than to resize at once
         placement = place(self._hosts.values(), self._desired, self._feasible, gone | set(self._draining))
         return placement if placement.num_workers else None
 
