@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eadt.actors import NAMESPACE, CoordinatorActor, NodeAgentActor, agent_prefix, coordinator_name
+from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.adapters.ray_train import draining_nodes, run_host_group
 from eadt.clock import monotonic_s
 from eadt.config import RunConfig
@@ -29,6 +30,7 @@ from eadt.training.host import run_host
 _WATCH_S = 0.5
 _POWER_WINDOW_S = 10.0
 _CALL_TIMEOUT_S = 30.0
+_AGENT_RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Cluster:
             return Cluster(started=False)
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-        address = config.resources.address or os.environ.get("RAY_ADDRESS")
+        address = cluster_address(config.resources.address)
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
         if address is None:
             ray.init(
@@ -89,15 +91,24 @@ class Cluster:
             # Ray Train's helpers look for "the" cluster, and fail where a machine has several.
             os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             return Cluster(started=True)
+        answer = probe(address)
+        if answer.state != "ok":
+            raise EnvironmentFailure(
+                f"the Ray cluster at {address} cannot be used: {answer.detail}",
+                code="EADT-301",
+                means="nothing was started",
+                fix="check the address and that the cluster is up; if it wants a token, set RAY_AUTH_TOKEN "
+                "or RAY_AUTH_TOKEN_PATH to the cluster's",
+            )
+        use_token_at_hand()
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise EnvironmentFailure(
-                f"the Ray cluster at {address} does not answer or refuses this token: {_first_line(error)}",
+                f"the Ray cluster at {address} could not be joined: {_first_line(error)}",
                 code="EADT-301",
                 means="nothing was started",
-                fix="check the address and that the cluster is up; where it wants a token, set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)",
+                fix="see `eadt doctor`",
             ) from error
         return Cluster(started=False)
 
@@ -160,6 +171,8 @@ class ClusterRun:
         self._events_seen = 0
         self._waiting_since_s: float | None = None
         self._last_phase = ""
+        self._is_reporting = False
+        self._agents_due_s: dict[str, float] = {}
 
     def start(self) -> None:
         """Start coordinator, supervisor and node agents.
@@ -245,8 +258,9 @@ class ClusterRun:
         self._over.set()
         if self._watcher is not None:
             self._watcher.join(timeout=10)
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
             self._ask(self._supervisor.stop.remote())
+            self._watch_run()  # what came since the last look
         with contextlib.suppress(ray.exceptions.RayError):
             ray.wait([agent.stop.remote() for agent in self._agents.values()], num_returns=len(self._agents))
         with contextlib.suppress(ray.exceptions.RayError):
@@ -287,7 +301,8 @@ class ClusterRun:
             self._on_event(event)
         snapshot = self._ask(self._coordinator.snapshot.remote())
         self._watch_resources(snapshot)
-        if snapshot["is_training"]:
+        if snapshot["is_training"] or (snapshot["status"] == "completed" and self._is_reporting):
+            self._is_reporting = snapshot["is_training"]  # once more at the end
             self._on_event(self._progress(snapshot))
         elif snapshot["waiting_for"] and snapshot["waiting_for"] != self._last_phase:
             self._last_phase = snapshot["waiting_for"]
@@ -317,13 +332,13 @@ class ClusterRun:
             )
 
     def _progress(self, snapshot: dict[str, Any]) -> dict[str, Any]:
-        now_steps = max(1, snapshot["max_steps"] - snapshot["step"])
+        steps_left = snapshot["max_steps"] - snapshot["step"]
         rate, _, _ = self._ask(self._coordinator.throughput.remote(30.0, snapshot["began_unix_s"]))
-        powers = self._ask([agent.mean_power_w.remote(_POWER_WINDOW_S) for agent in self._agents.values()])
-        energies = self._ask([agent.energy_j.remote() for agent in self._agents.values()])
+        powers = self._ask_agents("mean_power_w", _POWER_WINDOW_S)
+        energies = [energy for energy in self._ask_agents("energy_j") if energy is not None]
         known = [power for power in powers if power is not None]
         power_w = sum(power[0] for power in known) if known and len(known) == len(powers) else None
-        eta_s = now_steps * self._settings.train_batch_size / rate if rate else None
+        eta_s = steps_left * self._settings.train_batch_size / rate if rate else None
         setpoint = snapshot["setpoint"]
         return {
             "type": "progress",
@@ -352,10 +367,10 @@ class ClusterRun:
             if node["Alive"] and self._is_for_training(node["Resources"])
         }
         for node_id in set(self._agents) - set(alive):
-            del self._agents[node_id]
-            self._coordinator.lose_node.remote(node_id, "Ray says that it is dead")
+            self._lose_agent(node_id, "Ray says that it is dead")
         for node_id in set(alive) - set(self._agents):
-            self._start_agent(node_id, alive[node_id])
+            if monotonic_s() >= self._agents_due_s.get(node_id, 0.0):
+                self._start_agent(node_id, alive[node_id])
         for node_id, deadline in draining_nodes().items():
             self._coordinator.drain.remote(node_id, deadline)
         done, _ = ray.wait(list(self._agent_starts), num_returns=len(self._agent_starts), timeout=0) \
@@ -364,12 +379,37 @@ class ClusterRun:
             node_id = self._agent_starts.pop(reference)
             try:
                 ray.get(reference)
+            except ray.exceptions.RayActorError:
+                self._lose_agent(node_id, "its agent died while it started")
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, EadtError) else None
                 failure = cause or EnvironmentFailure(
                     f"the node agent on {node_id[:8]} failed: {_first_line(error)}", code="EADT-336"
                 )
                 self._coordinator.fail.remote(failure)
+
+    def _lose_agent(self, node_id: str, why: str) -> None:
+        """A node agent has gone, perhaps with its node; it is started again if the node is there."""
+        if self._agents.pop(node_id, None) is not None:
+            self._agents_due_s[node_id] = monotonic_s() + _AGENT_RETRY_S
+            self._coordinator.lose_node.remote(node_id, why)
+
+    def _ask_agents(self, method: str, *arguments: Any) -> list[Any]:
+        """Ask each node agent; ``None`` for one that does not answer."""
+        references = {
+            node_id: getattr(agent, method).remote(*arguments) for node_id, agent in self._agents.items()
+        }
+        answers: list[Any] = []
+        for node_id, reference in references.items():
+            answer = None
+            try:
+                answer = self._ask(reference)
+            except ray.exceptions.ActorDiedError:
+                self._lose_agent(node_id, "its agent has died")
+            except (ray.exceptions.RayError, TimeoutError):
+                pass  # not now; what is unknown is shown as unknown
+            answers.append(answer)
+        return answers
 
     def _is_for_training(self, resources: dict[str, float]) -> bool:
         return resources.get("GPU" if self._devices.is_gpu else "CPU", 0) > 0

@@ -158,7 +158,9 @@ def _progress_line(event: Event) -> str:
     return ", ".join([_step_text(event), *parts.values()])
 
 
-def _decision_line(event: Event) -> str:
+def _decision_line(event: Event) -> str | None:
+    if int(event.get("repeats") or 1) > 1:
+        return None  # the hold that was shown, once more
     before, after = event.get("setpoint_before"), event.get("setpoint_after")
     outcome = str(event.get("outcome") or "pending")
     verdict = _verdict(event)

@@ -630,7 +630,7 @@ class Coordinator:
         if self._num_failures >= self.settings.max_engine_failures:
             raise EnvironmentFailure(
                 f"engines failed {self._num_failures} times in a row without a step between: {error['text']}",
-                code="EADT-332",
+                code="EADT-337",
                 means="training stopped; the newest checkpoint is kept",
                 fix="see the engine's output:\n" + log_tail.strip(),
             )
@@ -762,7 +762,7 @@ class Coordinator:
             client.set_phase("idle")
         self.recorder.close_change()
         if error is not None:
-            self.recorder.note(error.code, str(error))
+            self.recorder.note(error.code, f"{error.what}. {error.fix}".strip())
         self.recorder.book(
             {
                 "type": "run",

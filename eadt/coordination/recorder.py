@@ -152,6 +152,9 @@ class Recorder:
         """
         now = self._clock.unix_s()
         begin = max(now - window_s, since_unix_s)
+        if self.steps:
+            first = self.steps[0]
+            begin = max(begin, first.ended_unix_s - first.duration_s)
         ended = [record for record in self.steps if record.ended_unix_s > begin]
         if not ended or now <= begin:
             return None, 0
