@@ -1,0 +1,1 @@
+"""The rival: Ray Train with DeepSpeed as its users write it, without EADT."""
