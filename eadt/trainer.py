@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eadt.clock import monotonic_s
-from eadt.cluster import Cluster, Devices
+from eadt.cluster import Cluster, ClusterRun, Devices
 from eadt.config import RunConfig, inactive_settings, load_config, require_paths
 from eadt.control.batch_check import check_batch
 from eadt.control.presets import initial_setpoint, max_workers
@@ -76,6 +76,14 @@ class EnergyAdaptiveTrainer:
         self._config = config if isinstance(config, RunConfig) else load_config(config)
         self._on_event = on_event or (lambda _: None)
         self._fresh = fresh
+        self._interrupts: list[str] = []
+        self._cluster_run: ClusterRun | None = None
+
+    def interrupt(self, reason: str = "asked to") -> None:
+        """End the run at its next step, with a checkpoint; safe from any thread or signal handler."""
+        self._interrupts.append(reason)
+        if self._cluster_run is not None:
+            self._cluster_run.interrupt(reason)
 
     def fit(self) -> TrainingResult:
         """Train to the end. Blocks; Ctrl-C ends it at the next step, with a checkpoint.
@@ -117,7 +125,11 @@ class EnergyAdaptiveTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RUN_FILE).write_text(json.dumps({"run_id": run_id, "name": config.run.name}))
         with cluster.start_run(config, settings, devices, self._on_event) as run, _ctrl_c(run.interrupt):
+            self._cluster_run = run
+            for reason in self._interrupts:  # asked for before there was anything to end
+                run.interrupt(reason)
             end = run.wait()
+            self._cluster_run = None
         self._phase("writing the report")
         paths = write_report(folder, config.report.formats)
         return TrainingResult(

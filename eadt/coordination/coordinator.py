@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Collection, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from eadt.clock import unix_s
@@ -829,7 +830,7 @@ class Coordinator:
             return
         self._hosts = {rank: host for rank, host in self._hosts.items() if host.node_id != node_id}
         self._hosts = {
-            rank: Host(rank, len(self._hosts), host.node_id, host.gpu_ids)
+            rank: replace(host, world_rank=rank, group_size=len(self._hosts))
             for rank, host in enumerate(self._hosts.values())
         }
         self.recorder.book({"type": "fault", "kind": "node_lost", "node": node_id, "detail": why,

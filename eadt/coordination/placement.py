@@ -23,12 +23,14 @@ class Host:
         group_size: Workers in that group.
         node_id: Its Ray node.
         gpu_ids: GPUs that Ray gave it, as it names them; empty on a CPU node.
+        pid: Its process on that node; 0 where there is none.
     """
 
     world_rank: int
     group_size: int
     node_id: str
     gpu_ids: tuple[str, ...] = ()
+    pid: int = 0
 
     @property
     def device(self) -> tuple[str, str]:

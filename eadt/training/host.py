@@ -7,6 +7,7 @@ for the run to end. The engine itself is forked by the node agent and may outliv
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 from eadt.clock import SYSTEM_CLOCK
@@ -33,6 +34,7 @@ def run_host(config: dict[str, Any]) -> None:
         "group_size": context.get_world_size(),
         "node_id": node_id,
         "gpu_ids": gpu_ids,
+        "pid": os.getpid(),
     }
     ray.get(coordinator.register_host.remote(place))
     agent: Any = None
