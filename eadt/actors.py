@@ -7,13 +7,16 @@ a long one does not hold up the others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from eadt.clock import unix_s
+from eadt.clock import SYSTEM_CLOCK, unix_s
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.coordinator import Coordinator
 from eadt.coordination.nodes import NodeInfo
@@ -30,6 +33,10 @@ from eadt.training.state import Span, StateLayout
 NAMESPACE = "eadt"
 
 _CALL_TIMEOUT_S = 600.0
+_RETRY_S = 0.5
+
+_Item = tuple[Any, ...]
+"""An engine's event (engine_id, kind, values), or a ledger row alone."""
 
 
 def coordinator_name(run_id: str) -> str:
@@ -146,12 +153,16 @@ class CoordinatorActor:
         """A node agent is up."""
         self._coordinator.add_node(info, RayNodeClient(agent))
 
-    async def engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
-        """Something that an engine said."""
-        self._coordinator.engine_event(node_id, engine_id, kind, values)
+    async def deliver(self, node_id: str, items: list[_Item]) -> None:
+        """What engines said and ledger rows of a node, in order."""
+        for item in items:
+            if len(item) == 1:
+                self._recorder.book(item[0])
+            else:
+                self._coordinator.engine_event(node_id, *item)
 
     async def book(self, row: dict[str, Any]) -> None:
-        """A ledger row of a node or of the supervisor."""
+        """A ledger row of the supervisor."""
         self._recorder.book(row)
 
     # From the driver and the supervisor.
@@ -209,11 +220,43 @@ class NodeAgentActor:
         self._coordinator = ray.get_actor(coordinator, namespace=NAMESPACE)
         self._agent = NodeAgent(settings, self._on_event, self._on_row)
 
+        self._outbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._is_sent = threading.Condition()
+        self._num_waiting = 0
+        threading.Thread(target=self._send, name="eadt-outbox", daemon=True).start()
+
     def _on_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
-        self._coordinator.engine_event.remote(self._settings.node_id, engine_id, kind, values)
+        self._put((engine_id, kind, values))
 
     def _on_row(self, row: dict[str, Any]) -> None:
-        self._coordinator.book.remote(row)
+        self._put((row,))
+
+    def _put(self, item: _Item) -> None:
+        with self._is_sent:
+            self._num_waiting += 1
+            self._outbox.put(item)
+
+    def _send(self) -> None:
+        """Deliver in order: one batch at a time, of all that has come meanwhile."""
+        while True:
+            items = [self._outbox.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    items.append(self._outbox.get_nowait())
+            while True:
+                try:
+                    ray.get(self._coordinator.deliver.remote(self._settings.node_id, items))
+                except ray.exceptions.ActorUnavailableError:
+                    SYSTEM_CLOCK.sleep(_RETRY_S)
+                else:
+                    break
+            with self._is_sent:
+                self._num_waiting -= len(items)
+                self._is_sent.notify_all()
+
+    def _wait_until_sent(self) -> None:
+        with self._is_sent:
+            self._is_sent.wait_for(lambda: self._num_waiting == 0, timeout=_CALL_TIMEOUT_S)
 
     async def start(self) -> None:
         """Start everything on this node and join the run."""
@@ -224,6 +267,7 @@ class NodeAgentActor:
     async def stop(self) -> None:
         """End everything on this node."""
         await asyncio.to_thread(self._agent.stop)
+        await asyncio.to_thread(self._wait_until_sent)
 
     async def ping(self) -> str:
         """Answer."""

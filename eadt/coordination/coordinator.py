@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Collection, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ from eadt.coordination.specs import engine_bytes, make_specs
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
 from eadt.training.checkpoint import CheckpointStore, Kind, Manifest, new_attempt
 from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, span_elements
+
+logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _PING_TIMEOUT_S = 3.0
@@ -94,6 +97,8 @@ class Coordinator:
                     await asyncio.wait_for(self._wake.wait(), _TICK_S)
         except EadtError as error:
             self._conclude("failed", error)
+        except Exception as error:
+            self._conclude("failed", _internal(error))
 
     @property
     def is_over(self) -> bool:
@@ -447,8 +452,12 @@ class Coordinator:
         self._slots.hold(slot, "newest")
         self._slots.release("newest-next")
         self._newest, self._newest_slot = state, slot
+        generation.saves = {state.step: generation.saves[state.step]}
         if values["stopped"]:
             generation.phase = Phase.STOPPED
+            if self._desired.paused:
+                for _, client in self._nodes.values():
+                    client.set_phase("idle")
             self._end_generation(generation)
             if values["final"]:
                 self._busy = self._spawn(self._conclude_completed(generation))
@@ -952,9 +961,7 @@ class Coordinator:
             except EadtError as error:
                 self._conclude("failed", error)
             except Exception as error:
-                failure = EadtError(f"internal error: {type(error).__name__}: {error}", code="EADT-199")
-                self._conclude("failed", failure)
-                raise
+                self._conclude("failed", _internal(error))
             finally:
                 self._wake.set()
 
@@ -967,6 +974,17 @@ class Coordinator:
 def _describe_exit(values: dict[str, Any]) -> str:
     status = values["status"]
     return f"an engine was ended by signal {-status}" if status < 0 else f"an engine exited with {status}"
+
+
+def _internal(error: Exception) -> EadtError:
+    """A defect of ours: the run ends with what is needed to find it in the actor's log."""
+    logger.error("the coordinator failed", exc_info=error)
+    return EadtError(
+        f"internal error in the coordinator: {type(error).__name__}: {error}",
+        code="EADT-199",
+        means="training stopped; the newest checkpoint is kept, and the same command goes on from it",
+        fix="please report it, with the coordinator's log from Ray's session folder",
+    )
 
 
 def _as_error(error: dict[str, Any]) -> EadtError:

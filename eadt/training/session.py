@@ -43,6 +43,9 @@ from eadt.training.zero_state import EngineState
 ModelFactory = Callable[[], torch.nn.Module]
 OptimizerFactory = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
+_SCHEDULED = ("lr", "betas", "momentum")
+"""What a scheduler sets in an optimizer's parameter groups."""
+
 _RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
 
 
@@ -349,7 +352,8 @@ class TrainingSession:
         assert self._state is not None
         started_s = monotonic_s()
         if self.spec.primary_on_node:
-            self._channel.send("phase", phase="restart" if stop else "checkpoint", t=started_s)
+            phase = "restart" if stop and not final else "checkpoint"
+            self._channel.send("phase", phase=phase, t=started_s)
         slot = self._slots.get(slot_number)
         if slot is None:
             path = self.spec.slot_paths[slot_number]
@@ -384,6 +388,11 @@ class TrainingSession:
         }
         if self.engine.lr_scheduler is not None:
             meta["lr_scheduler"] = self.engine.lr_scheduler.state_dict()
+            # DeepSpeed's schedulers do not say what they last set, after loading.
+            meta["scheduled"] = [
+                {key: group[key] for key in _SCHEDULED if key in group}
+                for group in self.engine.optimizer.param_groups
+            ]
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False):
             meta["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)}
@@ -394,9 +403,8 @@ class TrainingSession:
         scheduler = self.engine.lr_scheduler
         if scheduler is not None and "lr_scheduler" in meta:
             scheduler.load_state_dict(meta["lr_scheduler"])
-            rates = scheduler.get_last_lr()
-            for group, rate in zip(self.engine.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            for group, values in zip(self.engine.optimizer.param_groups, meta["scheduled"], strict=True):
+                group.update(values)
         if "loss_scaler" in meta:
             vars(self.engine.optimizer.loss_scaler).update(meta["loss_scaler"])
         self.engine.global_steps = self.step
