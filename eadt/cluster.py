@@ -339,7 +339,7 @@ class ClusterRun:
         known = [power for power in powers if power is not None]
         power_w = sum(power[0] for power in known) if known and len(known) == len(powers) else None
         eta_s = steps_left * self._settings.train_batch_size / rate if rate else None
-        setpoint = snapshot["setpoint"]
+        setpoint = snapshot["setpoint"] or snapshot["desired"]
         return {
             "type": "progress",
             "step": snapshot["step"],
