@@ -137,13 +137,14 @@ class CoordinatorActor:
 
     async def host_beat(self, place: dict[str, Any]) -> bool:
         """A host is there; returns whether it should stay."""
-        del place
-        return not self._coordinator.is_over
+        return self._coordinator.host_beat(place["world_rank"])
 
     async def host_target(
         self, alive_nodes: list[str], num_free: int, present: int | None, group_is_up: bool
     ) -> dict[str, int]:
         """Wanted size of the worker group."""
+        if present is None:  # a host was lost, perhaps with its node: Ray may not know yet
+            await self._coordinator.drop_dead_nodes()
         target, held = self._coordinator.host_target(alive_nodes, num_free, present, group_is_up=group_is_up)
         return {"target": target, "held": held}
 

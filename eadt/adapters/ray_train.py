@@ -26,7 +26,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from eadt.clock import monotonic_s
 
 _ASK_INTERVAL_S = 0.2
-_ASK_TIMEOUT_S = 5.0
+_ASK_TIMEOUT_S = 10.0
 _SETTLE_S = 1.5
 """How long freed resources may take to be seen before a smaller group is accepted."""
 

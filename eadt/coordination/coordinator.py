@@ -17,7 +17,7 @@ from collections.abc import Collection, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from eadt.clock import unix_s
+from eadt.clock import monotonic_s, unix_s
 from eadt.control.batch import feasible_worker_counts, plan_batch
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.generation import Generation, Phase
@@ -38,6 +38,9 @@ _PING_TIMEOUT_S = 3.0
 _FIRST_NODES_S = 120.0
 """How long a run waits at its start for the agents of all its hosts' nodes."""
 
+_BEAT_AGE_S = 3.0
+"""A host that was heard of this lately holds its resources."""
+
 _PEER_LOST_GRACE_S = 0.5
 """How long to wait for the cause, when an engine only knows that another one has gone."""
 
@@ -55,6 +58,8 @@ class Coordinator:
         self._nodes: dict[str, tuple[NodeInfo, NodeClient]] = {}
         self._draining: dict[str, float | None] = {}
         self._hosts: dict[int, Host] = {}
+        self._beats: dict[int, float] = {}
+        self._num_recovering = 0
         self._host_target: int | None = None
         self._desired = settings.setpoint
         self._desired_reason = "the run starts"
@@ -131,6 +136,8 @@ class Coordinator:
 
     def _reconcile(self) -> None:
         """Compare what is wanted with what runs, and take the next step towards it."""
+        if self._num_recovering:
+            return  # which nodes are left is being found out
         if self._busy is not None:
             if not self._busy.done():
                 return
@@ -193,10 +200,12 @@ class Coordinator:
         group_size = next(iter(self._hosts.values())).group_size
         if len(self._hosts) < group_size:
             return None  # a new worker group is still assembling
-        if self._host_target is None and self.settings.mode in ("group", "restart"):
-            return None  # Ray Train has not asked yet how many hosts this setpoint wants
-        if self._host_target is not None and group_size != self._host_target:
-            return None  # Ray Train is about to resize the worker group
+        hosts_follow_workers = self.settings.mode in ("group", "restart")
+        if self._host_target is None:
+            if hosts_follow_workers:
+                return None  # Ray Train has not asked yet how many hosts this setpoint wants
+        elif group_size != self._host_target and (hosts_follow_workers or self._is_training):
+            return None  # Ray Train is about to resize the worker group; a recovery does not wait for it
         gone = {host.node_id for host in self._hosts.values()} - set(self._nodes)
         if gone and self._current is None and self.recorder.at_s < _FIRST_NODES_S:
             return None  # better to begin with all nodes than to resize at once
@@ -228,11 +237,15 @@ class Coordinator:
         Returns:
             The wanted size, and how many hosts hold resources now.
         """
-        if present is None:
-            surviving = [host for host in self._hosts.values() if host.node_id in alive_nodes]
-            held = len(surviving) if group_is_up else 0
-        else:
-            held = present
+        held = present
+        if held is None:
+            now = monotonic_s()
+            held = sum(
+                host.node_id in alive_nodes
+                and host.node_id in self._nodes
+                and (group_is_up or now - self._beats.get(rank, 0.0) < _BEAT_AGE_S)
+                for rank, host in self._hosts.items()
+            )
         most = self.settings.max_workers
         if self.settings.mode in ("group", "restart"):
             most = self._desired.num_workers
@@ -240,6 +253,11 @@ class Coordinator:
                 most = held or most  # first the checkpoint
         self._host_target = max(1, min(most, held + num_free))
         return self._host_target, held
+
+    def host_beat(self, world_rank: int) -> bool:
+        """A host is there; returns whether it should stay."""
+        self._beats[world_rank] = monotonic_s()
+        return not self.is_over
 
     @property
     def _is_training(self) -> bool:
@@ -400,6 +418,8 @@ class Coordinator:
     def _on_loaded(self, generation: Generation) -> None:
         generation.phase = Phase.TRAINING
         self.status = "training"
+        # What the next generation is for, unless somebody says so.
+        self._desired_reason, self._decision_id = "the hosts have changed", None
         change = self.recorder.change
         if change is not None:
             change.parts["load_s"] = max(event["timings"]["load_s"] for event in generation.loaded.values())
@@ -601,7 +621,7 @@ class Coordinator:
         was_training = generation is self._current
         generation.phase = Phase.FAILED
         self._kill(generation)
-        await self._drop_dead_nodes()
+        await self.drop_dead_nodes()
         self.recorder.book(
             {"type": "fault", "kind": error["cause"], "node": node_id, "detail": error["text"],
              "generation": generation.number, "at_s": self.recorder.at_s}
@@ -645,7 +665,16 @@ class Coordinator:
                 fix="see the engine's output:\n" + log_tail.strip(),
             )
 
-    async def _drop_dead_nodes(self) -> None:
+    async def drop_dead_nodes(self) -> None:
+        """Ask all nodes whether they are there, and forget those that do not answer."""
+        self._num_recovering += 1
+        try:
+            await self._ping_nodes()
+        finally:
+            self._num_recovering -= 1
+            self._wake.set()
+
+    async def _ping_nodes(self) -> None:
         async def check(node_id: str, client: NodeClient) -> None:
             try:
                 await client.ping(_PING_TIMEOUT_S)
