@@ -22,6 +22,8 @@ def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.batch.accumulation,
         "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 1 << 30,
+        # EADT says itself which optimizers it can move, and refuses the others.
+        "zero_allow_untested_optimizer": True,
     }
     config.update(job.deepspeed)
     for precision in ("bf16", "fp16"):
