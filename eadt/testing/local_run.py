@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,8 @@ from eadt.training.engine_pool import EnginePool, EventCallback
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout
 
-Action = Setpoint | Callable[["LocalRun"], None]
-"""What a schedule asks for at a step: another setpoint, or anything else."""
+Action = Setpoint | Callable[["LocalRun"], Awaitable[None] | None]
+"""What a schedule asks for at a step: another setpoint, or anything else, to be done meanwhile."""
 
 _LOOK_S = 0.01
 _BEAT_S = 1.0
@@ -350,9 +350,21 @@ class LocalRun:
         self._clients[node_id].gone = True
         self._agents[node_id].stop()
 
-    def interrupt(self) -> None:
-        """As Ctrl-C does."""
+    async def interrupt(self) -> None:
+        """As Ctrl-C does; returns when the engines have been told to stop."""
+        self._stop_sent.clear()
         self.coordinator.interrupt("the test interrupts")
+        await self._stop_sent.wait()
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Return when ``condition`` holds; the run's own deadline bounds it."""
+        while not condition():
+            await asyncio.sleep(_LOOK_S)
+
+    @property
+    def memory_folders(self) -> dict[str, Path]:
+        """By node, the folder with its state slots."""
+        return {node_id: Path(info.slot_paths[0]).parent for node_id, info in self._infos.items()}
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -427,8 +439,9 @@ class LocalRun:
             if isinstance(action, Setpoint):
                 await self._apply(step, action)
             else:
-                self._stop_sent.clear()
-                action(self)
+                pending = action(self)
+                if pending is not None:
+                    await pending
             self._gates.open(step)
 
     async def _beat(self) -> None:
