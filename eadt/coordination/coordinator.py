@@ -621,7 +621,11 @@ class Coordinator:
         was_training = generation is self._current
         generation.phase = Phase.FAILED
         self._kill(generation)
+        nodes_before = set(self._nodes)
         await self.drop_dead_nodes()
+        lost = nodes_before - set(self._nodes)
+        if lost and error["cause"] == "peer_lost":  # what the survivors' network said is not the cause
+            error = {"cause": "node_lost", "text": f"node {min(lost)[:8]} has gone"}
         self.recorder.book(
             {"type": "fault", "kind": error["cause"], "node": node_id, "detail": error["text"],
              "generation": generation.number, "at_s": self.recorder.at_s}
