@@ -74,7 +74,8 @@ def run(
     scratch = folder / "scratch"
     scratch.mkdir()
     log = folder / "steps.jsonl"
-    CommandedTrainer(
+    trainer = CommandedTrainer if resizes else TorchTrainer
+    trainer(
         train,
         train_loop_config={
             **loop_config,
