@@ -35,6 +35,7 @@ class Workload:
         sequence_length: Tokens a sample.
         train_batch_size: Samples an optimizer step, whole job.
         micro_batch: Most samples of one forward pass.
+        vocab_size: Rows of the embedding; ``None`` for as many as the byte tokenizer needs.
     """
 
     hidden_size: int
@@ -42,6 +43,7 @@ class Workload:
     sequence_length: int = 64
     train_batch_size: int = 8
     micro_batch: int = 4
+    vocab_size: int | None = None
 
     def training(self) -> dict[str, Any]:
         """The configuration's ``training`` section."""
@@ -53,6 +55,7 @@ class Workload:
                 "num_attention_heads": max(1, self.hidden_size // 64),
                 "intermediate_size": 4 * self.hidden_size,
                 "max_position_embeddings": max(512, self.sequence_length),
+                **({} if self.vocab_size is None else {"vocab_size": self.vocab_size}),
             },
             "tokenizer_name_or_path": "byte",
             "dataset_path": "python-stdlib",
@@ -72,8 +75,9 @@ WORKLOADS = {
     "3M": Workload(256, 4),
     "10M": Workload(512, 3),
     "100M": Workload(768, 14, sequence_length=32, train_batch_size=2, micro_batch=1),
+    "160M": Workload(768, 12, sequence_length=512, train_batch_size=16, micro_batch=8, vocab_size=50304),
 }
-"""By size: 1.05, 3.3, 9.7 and 99.6 million parameters."""
+"""By size: 1.05, 3.3, 9.7, 99.6 and 162 million parameters; the last is Pythia-160m's shape."""
 
 
 def run_config(workload: Workload, folder: Path, name: str, *, zero_stage: int, **sections: Any) -> RunConfig:

@@ -41,11 +41,11 @@ from common import (
     say,
     versions,
 )
+from drive import SETTLE_STEPS, Changes, even_setpoint
 from ray.exceptions import RayError
 
-from eadt.actors import NAMESPACE, agent_prefix, coordinator_name
+from eadt.actors import NAMESPACE, agent_prefix
 from eadt.config import TrainingConfig
-from eadt.control.setpoint import Setpoint
 from eadt.trainer import EnergyAdaptiveTrainer
 from eadt.training.data import default_cache_dir, prepare_dataset
 
@@ -54,62 +54,6 @@ WAYS = ("in_place", "group", "restart", "stock")
 STATE_BYTES_PER_PARAMETER = 12
 """fp32 weight and two Adam moments."""
 
-_STALL_S = 240.0
-_SETTLE_STEPS = 6
-"""Steps between a resize that is booked and the next command."""
-
-
-class Resizes:
-    """Drives a run of EADT from its events: down and up in turn, ``num_resizes`` in all, then the end."""
-
-    def __init__(self, num_resizes: int) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.faults: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.num_params = 0
-        self.run_id = ""
-        self._num_resizes = num_resizes
-        self._coordinator: Any = None
-        self._num_asked = 0
-        self._next_step = _SETTLE_STEPS
-        self._heard_s = time.perf_counter()
-        self._is_ended = False
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["type"]
-        if kind == "run" and event["event"] == "started":
-            self.run_id = event["run_id"]
-            self._coordinator = ray.get_actor(coordinator_name(self.run_id), namespace=NAMESPACE)
-            self._heard_s = time.perf_counter()
-        elif kind == "resize":
-            self._heard_s = time.perf_counter()
-            self.rows.append(event)
-            self._next_step = 0
-        elif kind == "fault":
-            self.faults.append(event)
-        elif kind == "note":
-            self.notes.append(event["text"])
-        elif kind == "progress":
-            self._progress(event["step"])
-
-    def _progress(self, step: int) -> None:
-        if self._next_step == 0:
-            self._next_step = step + _SETTLE_STEPS
-        elif len(self.rows) == self._num_resizes or time.perf_counter() - self._heard_s > _STALL_S:
-            self._end()
-        elif len(self.rows) == self._num_asked and step >= self._next_step:
-            workers = 1 if self._num_asked % 2 == 0 else 2
-            self._num_asked += 1
-            asked = Setpoint(workers, workers, 100 // workers)
-            answer = ray.get(self._coordinator.apply.remote(asked, "benchmark", f"resize-{self._num_asked}"))
-            assert answer["accepted"], answer["why"]
-
-    def _end(self) -> None:
-        if not self._is_ended:
-            self._is_ended = True
-            self.num_params = ray.get(self._coordinator.snapshot.remote())["num_params"]
-            self._coordinator.interrupt.remote("the benchmark has what it needs")
-
 
 class MemoryWatch:
     """Samples what a run's slots and engines take; start it beside the run.
@@ -117,8 +61,8 @@ class MemoryWatch:
     Engines: private memory, which for those built ahead is what the next generation costs.
     """
 
-    def __init__(self, resizes: Resizes) -> None:
-        self._resizes = resizes
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.slot_peak_bytes = 0
@@ -135,7 +79,7 @@ class MemoryWatch:
     def _watch(self) -> None:
         agent: Any = None
         while not self._over.wait(0.05):
-            run_id = self._resizes.run_id
+            run_id = self._changes.run_id
             if not run_id:
                 continue
             sizes = [_allocated_bytes(path) for path in glob.glob(f"/dev/shm/eadt-{run_id}-*/slot-*")]
@@ -202,27 +146,27 @@ class Bench:
             elastic=elastic,
             **sections,
         )
-        resizes = Resizes(num_resizes)
-        with MemoryWatch(resizes) as memory:
-            result = EnergyAdaptiveTrainer(config, on_event=resizes, fresh=True).fit()
+        changes = Changes([even_setpoint(1 + index % 2) for index in range(num_resizes)])
+        with MemoryWatch(changes) as memory:
+            result = EnergyAdaptiveTrainer(config, on_event=changes, fresh=True).fit()
         shutil.rmtree(result.run_folder, ignore_errors=True)
-        self.num_params[size] = resizes.num_params
+        self.num_params[size] = changes.num_params
         self.troubles += [
-            f"{mode}, stage {stage}: {fault['kind']}: {fault['detail']}" for fault in resizes.faults
+            f"{mode}, stage {stage}: {fault['kind']}: {fault['detail']}" for fault in changes.faults
         ]
-        self.troubles += [f"{mode}, stage {stage}: {note}" for note in resizes.notes]
+        self.troubles += [f"{mode}, stage {stage}: {note}" for note in changes.notes]
         if result.error is not None:
             self.troubles.append(f"{mode}, stage {stage}: the run failed: {result.error}")
-        elif len(resizes.rows) < num_resizes:
-            self.troubles.append(f"{mode}, stage {stage}: {len(resizes.rows)} of {num_resizes} resizes came")
-        return [{**row, "seconds": row["seconds"]} for row in resizes.rows if row["kind"] == mode], memory
+        elif len(changes.rows) < num_resizes:
+            self.troubles.append(f"{mode}, stage {stage}: {len(changes.rows)} of {num_resizes} resizes came")
+        return [row for row in changes.rows if row["kind"] == mode], memory
 
     def stock(self, size: str, stage: int, num_resizes: int) -> list[dict[str, Any]]:
         """Resizes of one run of stock Ray Train."""
         from stock import elastic
 
         workload = WORKLOADS[size]
-        every = _SETTLE_STEPS + elastic.STEPS_JUDGED
+        every = SETTLE_STEPS + elastic.STEPS_JUDGED
         plan = {every * (index + 1): 1 + index % 2 for index in range(num_resizes)}
         folder = self._folder / self._name("stock", stage)
         rows = elastic.run(
