@@ -207,6 +207,7 @@ class LocalResult:
         ledger: All rows of the run's ledger, earlier attempts' too.
         first_row: Rows of the ledger that were there before this attempt.
         folder: The run's folder: ledger and model; checkpoints are in the configured storage.
+        attempt_folder: Folder of this attempt's faults and notes.
         storage_path: Where checkpoints are.
         specs: Every engine that was started, in order.
         samples: By optimizer step, the sample indices that engines really took, in any order; a step
@@ -219,6 +220,7 @@ class LocalResult:
     ledger: LedgerContents
     first_row: int
     folder: Path
+    attempt_folder: Path
     storage_path: str
     specs: list[EngineSpec]
     samples: dict[int, list[int]]
@@ -327,6 +329,7 @@ class LocalRun:
             ledger=read_ledger(folder / "ledger"),
             first_row=num_rows_before,
             folder=folder,
+            attempt_folder=self.faults.folder,
             storage_path=self._config.storage_path,
             specs=self._specs,
             samples=_read_samples(self.faults.folder),

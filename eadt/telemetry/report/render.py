@@ -104,6 +104,11 @@ def quantity(name: str, value: Any) -> str:
     return f"{label} {_value(value)}{_UNITS.get(suffix, '')}".strip()
 
 
+def sentence(values: Mapping[str, Any] | None, key: str) -> str:
+    """What was expected or found in one sentence, where there is one; else all of it."""
+    return str((values or {}).get(key) or "") or pairs(values)
+
+
 def pairs(values: Mapping[str, Any] | None) -> str:
     """A small mapping as text: ``power 420 W, 10.2 samples/s``."""
     parts: list[str] = []
@@ -341,6 +346,7 @@ def _environment(*, is_html: bool) -> jinja2.Environment:
         "quality": quality,
         "moment": moment,
         "pairs": pairs,
+        "sentence": sentence,
         "cell": cell,
     }
     environment.globals["change"] = change
