@@ -57,7 +57,7 @@ def test_states_have_the_names_that_the_policy_looks_for() -> None:
         "ReschedulingState",
         "InitializingState",
     ):
-        assert hasattr(controller_state, f"{name}State")
+        assert hasattr(controller_state, name)
 
 
 def test_only_the_lost_worker_is_replaced_while_the_size_stays() -> None:
