@@ -508,6 +508,8 @@ class Coordinator:
         generation, rank = self._find(engine_id)
         if generation is None or rank is None:
             return
+        if generation.phase is Phase.FAILED and kind != "exit":
+            return  # said before it was killed, heard after its work was given up
         handler = getattr(self, f"_engine_{kind}", None)
         if handler is not None:
             handler(generation, rank, node_id, values)
@@ -641,6 +643,7 @@ class Coordinator:
                     "EADT-331", f"engines built ahead failed ({error['text']}); stopping first"
                 )
             return
+        self._slots.release("saving")  # a state that some rank will never complete
         self._granted = set(self._slots.free())
         self._drop_lost_state()
         resumed = self._newest.step if self._newest else (self._manifest.step if self._manifest else 0)
