@@ -424,6 +424,8 @@ class EnergySupervisor:
             else:
                 why = f"only {found.num_workers} of {change.setpoint.num_workers} workers could be placed"
                 self._settle(loop.setpoint_found(found, answer["at_s"], why))
+        elif answer["state"] == "failed":
+            self._settle(loop.change_failed(change.decision_id, at_s, answer["why"]))
         elif change.asked is None:  # asked for by a predecessor that could not keep that any more
             change.asked = _Asked(at_s, snapshot["generation"], loop.setpoint)
         elif snapshot["setpoint"] == change.setpoint and snapshot["generation"] == change.asked.generation:

@@ -76,6 +76,7 @@ class Coordinator:
         self._manifest: Manifest | None = None
         self._checkpoint_step = 0
         self._ahead_failed: Setpoint | None = None
+        self._proven: Setpoint | None = None
         self._num_failures = 0
         self._failed_at_step = -1
         self._last_step = (0, 0.0)
@@ -552,6 +553,8 @@ class Coordinator:
             self._last_step = (values["step"], ended_unix_s)
             if values["step"] > self._failed_at_step:
                 self._num_failures = 0
+            if self._is_wanted(generation):
+                self._proven = self._desired
             if self._is_checkpoint_due() and generation.phase is Phase.TRAINING:
                 self._tell(generation, "save", ranks={0})
 
@@ -636,12 +639,13 @@ class Coordinator:
             raise _as_error(error)
         if not was_training:
             self._next = None
-            self._ahead_failed = generation.setpoint
-            self._count_failure(error, log_tail)
             if self._current is not None and self._current.is_alive:
+                self._ahead_failed = generation.setpoint
                 self.recorder.note(
                     "EADT-331", f"engines built ahead failed ({error['text']}); stopping first"
                 )
+            elif not self._go_back(generation, error):
+                self._count_failure(error, log_tail)
             return
         self._slots.release("saving")  # a state that some rank will never complete
         self._granted = set(self._slots.free())
@@ -659,7 +663,27 @@ class Coordinator:
         for _, client in self._nodes.values():
             client.set_phase("restart")
         self._desired_reason = f"recovery: {error['text']}"
-        self._count_failure(error, log_tail)
+        if not self._go_back(generation, error):
+            self._count_failure(error, log_tail)
+
+    def _is_wanted(self, generation: Generation) -> bool:
+        """Whether a generation has the setting that is wanted, but for workers that found no place."""
+        return generation.setpoint == self._desired.with_(num_workers=generation.setpoint.num_workers)
+
+    def _go_back(self, generation: Generation, error: dict[str, Any]) -> bool:
+        """Give up a setting that failed before its first step; returns whether there was one before it."""
+        proven, wanted = self._proven, self._desired
+        if proven is None or proven == wanted or not self._is_wanted(generation):
+            return False
+        if error["cause"] == "node_lost":
+            return False  # the setting is not to blame
+        text = f"{wanted.describe()} failed before its first step ({error['text']})"
+        self.recorder.note("EADT-338", f"{text}; going back to {proven.describe()}")
+        if generation.decision_id is not None:
+            self._changes[generation.decision_id] = {"state": "failed", "why": text}
+        self._desired, self._decision_id, self._ahead_failed = proven, None, None
+        self._desired_reason = f"{text}: back to the setting before"
+        return True
 
     def _count_failure(self, error: dict[str, Any], log_tail: str) -> None:
         self._num_failures += 1
@@ -935,7 +959,7 @@ class Coordinator:
             }
 
     def change_state(self, decision_id: str) -> dict[str, Any]:
-        """``state`` of an accepted change: ``pending`` or ``applied`` (with ``pause_s``)."""
+        """``state`` of an accepted change: ``pending``, ``applied`` (with ``pause_s``) or ``failed``."""
         return self._changes.get(decision_id, {"state": "unknown"})
 
     # -- being asked ------------------------------------------------------------------------------

@@ -115,6 +115,27 @@ def test_error_in_engines_built_ahead(trial: Trial) -> None:
     assert only(result.rows("resize"))["lost_steps"] == 0
 
 
+@pytest.mark.parametrize(("moment", "times"), [(Moment.PREPARE, 2), (Moment.STEP, 1)])
+def test_setting_that_cannot_work(trial: Trial, moment: Moment, times: int) -> None:
+    """After engines built ahead and others built with all the room have failed, or the first step has, the
+    run goes back to the setting before: it does not end for a change that it did not need."""
+    faults: list[Fault] = []
+    result = trial.run(
+        trial.config("ahead", elastic={"max_engine_failures": 1}),
+        [(5, setpoint(3))],
+        plan_faults=lambda plan: faults.append(
+            plan.fail_at(2, None, FaultKind.OUT_OF_MEMORY, moment, world_size=3, times=9)
+        ),
+    )
+    assert_fired(result, faults[0], times)
+    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert set(result.world_sizes.values()) == {2}
+    assert [row["lost_steps"] for row in result.rows("recovery")] in ([], [0])
+    note = only([row for row in result.rows("note") if row["code"] == "EADT-338"])
+    assert "going back to 2 workers" in note["text"]
+    assert [change["state"] for change in result.changes] == ["failed"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_while_saving_a_snapshot(trial: Trial, rank: int) -> None:
     """The half-written slot is never used: the snapshot before is."""
