@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from eadt.adapters.priority import rise_above_workers
 from eadt.clock import SYSTEM_CLOCK, unix_s
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.coordinator import Coordinator
@@ -117,6 +118,7 @@ class CoordinatorActor:
     """Actor around :class:`~eadt.coordination.coordinator.Coordinator`."""
 
     def __init__(self, settings: RunSettings, run_folder: str) -> None:
+        rise_above_workers()
         self._recorder = Recorder(LedgerWriter(Path(run_folder) / "ledger"))
         self._coordinator = Coordinator(settings, self._recorder)
         self._kept: dict[str, dict[str, Any]] = {}
@@ -217,6 +219,7 @@ class NodeAgentActor:
     """Actor around :class:`~eadt.node_agent.NodeAgent`."""
 
     def __init__(self, settings: AgentSettings, coordinator: str) -> None:
+        rise_above_workers()
         self._settings = settings
         self._coordinator = ray.get_actor(coordinator, namespace=NAMESPACE)
         self._agent = NodeAgent(settings, self._on_event, self._on_row)
