@@ -7,7 +7,7 @@ by ones that do the same and a little more.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,43 @@ class Gates:
         """Hold engines that have computed optimizer step ``step``, before they end it."""
         (self._folder / f"gate-{step}").touch()
 
-    def open(self, step: int) -> None:
-        """Let them go on."""
-        (self._folder / f"open-{step}").touch()
+    def open(self, step: int, stopping: int | None = None) -> None:
+        """Let them go on.
+
+        Args:
+            step: Where they wait.
+            stopping: Generation that was told to stop meanwhile: its first rank goes on when it has
+                heard of it.
+        """
+        path = self._folder / f"opening-{step}"
+        path.write_text("" if stopping is None else str(stopping))
+        path.rename(self._folder / f"open-{step}")
 
     def is_reached(self, step: int) -> bool:
         """Whether an engine waits there, or has."""
         return (self._folder / f"reached-{step}").exists()
 
-    def wait(self, step: int) -> None:
+    def wait(self, step: int, session: TrainingSession) -> None:
         """In the engine: wait where the test wants it."""
         if not (self._folder / f"gate-{step}").exists():
             return
         (self._folder / f"reached-{step}").touch()
-        deadline_s = monotonic_s() + _GATE_TIMEOUT_S
-        while not (self._folder / f"open-{step}").exists():
-            if monotonic_s() > deadline_s:
-                raise TimeoutError(f"nobody opened the gate at step {step}")
-            SYSTEM_CLOCK.sleep(_GATE_LOOK_S)
+        opened = self._folder / f"open-{step}"
+        _wait_until(opened.exists, f"nobody opened the gate at step {step}")
+        if session.rank == 0 and opened.read_text() == str(session.spec.generation):
+            _wait_until(lambda: _is_told_to_stop(session), "the command to stop did not arrive")
+
+
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline_s = monotonic_s() + _GATE_TIMEOUT_S
+    while not condition():
+        if monotonic_s() > deadline_s:
+            raise TimeoutError(otherwise)
+        SYSTEM_CLOCK.sleep(_GATE_LOOK_S)
+
+
+def _is_told_to_stop(session: TrainingSession) -> bool:
+    return session._stop_asked or any(heard[0] == "stop" for heard in tuple(session._channel._commands))
 
 
 def train(session: TrainingSession, folder: str, inner: str | None, inner_args: dict[str, Any]) -> None:
@@ -108,7 +127,7 @@ class _Wrapped:
         for step in self._steps():
             self._strike(Moment.STEP, step + 1)
             yield step
-            self._gates.wait(step + 1)
+            self._gates.wait(step + 1, self._session)
 
     def micro_batches(self, num_samples: int) -> Iterator[npt.NDArray[np.int64]]:
         with self._notes.open("a", buffering=1) as notes:

@@ -258,6 +258,7 @@ class LocalRun:
     Attributes:
         coordinator: The real one.
         faults: The plan that the engines carry out.
+        commands: What engines have been told so far, such as ``stop`` or ``save``.
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class LocalRun:
         self._agents: dict[str, NodeAgent] = {}
         self._clients: dict[str, LocalNodeClient] = {}
         self._infos: dict[str, NodeInfo] = {}
-        self._stop_sent = asyncio.Event()
+        self.commands: list[str] = []
         self._specs: list[EngineSpec] = []
         self._changes: list[str] = []
         self._open = True
@@ -355,9 +356,9 @@ class LocalRun:
 
     async def interrupt(self) -> None:
         """As Ctrl-C does; returns when the engines have been told to stop."""
-        self._stop_sent.clear()
+        before = self.commands.count("stop")
         self.coordinator.interrupt("the test interrupts")
-        await self._stop_sent.wait()
+        await self.until(lambda: self.commands.count("stop") > before)
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Return when ``condition`` holds; the run's own deadline bounds it."""
@@ -389,7 +390,7 @@ class LocalRun:
                 make_pool=self._engines.pool_for_node,
             )
             self._agents[node_id] = agent
-            self._clients[node_id] = LocalNodeClient(agent, self._specs.extend, self._on_command)
+            self._clients[node_id] = LocalNodeClient(agent, self._specs.extend, self.commands.append)
             self._infos[node_id] = await asyncio.to_thread(agent.start, lambda _: None)
             self.coordinator.add_node(self._infos[node_id], self._clients[node_id])
         for host in hosts:
@@ -431,12 +432,9 @@ class LocalRun:
         if self._open:
             self._recorder.book(row)
 
-    def _on_command(self, command: str) -> None:
-        if command == "stop":
-            self._stop_sent.set()
-
     async def _serve_gates(self) -> None:
         for step, action in self._schedule:
+            stops_before = self.commands.count("stop")
             while not self._gates.is_reached(step):
                 await asyncio.sleep(_LOOK_S)
             if isinstance(action, Setpoint):
@@ -445,7 +443,9 @@ class LocalRun:
                 pending = action(self)
                 if pending is not None:
                     await pending
-            self._gates.open(step)
+            # They go on when they know of it, else the step at which they act would be chance.
+            told_to_stop = self.commands.count("stop") > stops_before
+            self._gates.open(step, self.coordinator.snapshot()["generation"] if told_to_stop else None)
 
     async def _beat(self) -> None:
         """What hosts do: keep their engines' lease."""
@@ -456,13 +456,13 @@ class LocalRun:
 
     async def _apply(self, step: int, setpoint: Setpoint) -> None:
         """Ask for a setpoint, and return when the engines have been told to stop for it."""
-        self._stop_sent.clear()
+        before = self.commands.count("stop")
         name = f"change-{step}"
         answer = self.coordinator.apply(setpoint, f"the test asks at step {step}", name)
         if not answer["accepted"]:
             raise RuntimeError(f"refused: {answer['why']}")
         self._changes.append(name)
-        await self._stop_sent.wait()
+        await self.until(lambda: self.commands.count("stop") > before)
 
 
 def run_local(

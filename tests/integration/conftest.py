@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eadt.testing.local_run import WarmEngines
+from eadt.testing.local_run import LocalResult, WarmEngines
 from tests.integration.trial import Trial
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,12 +33,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def calm_runs() -> dict[str, LocalResult]:
+    return {}
+
+
 @pytest.fixture
 def trial(
     warm_engines: WarmEngines,
     text_file: Path,
     tmp_path: Path,
+    calm_runs: dict[str, LocalResult],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Trial:
     monkeypatch.setenv("XDG_CACHE_HOME", str(text_file.parent / "cache"))
-    return Trial(warm_engines, text_file, tmp_path)
+    return Trial(warm_engines, text_file, tmp_path, calm_runs)

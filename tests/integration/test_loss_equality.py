@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,11 +44,11 @@ def assert_walked(result: LocalResult) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["gpt_neox", "llama"])
 def test_resized_in_place(trial: Trial, model: str, precision: str, stage: int) -> None:
-    def config(name: str):
-        return trial.config(name, model=model, precision=precision, stage=stage)
-
-    expected = trial.run(config("expected"))
-    resized = trial.run(config("resized"), [(step, setpoint(count, precision)) for step, count in WALK])
+    options: dict[str, Any] = {"model": model, "precision": precision, "stage": stage}
+    expected = trial.expected(**options)
+    resized = trial.run(
+        trial.config("resized", **options), [(step, setpoint(count, precision)) for step, count in WALK]
+    )
     assert_same_losses(resized, expected, FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE)
     assert_walked(resized)
     assert_each_sample_once(resized, expected)
@@ -57,7 +58,7 @@ def test_resized_in_place(trial: Trial, model: str, precision: str, stage: int) 
 def test_nothing_built_ahead(trial: Trial, stage: int) -> None:
     config = trial.config("resized", stage=stage, elastic={"prepare_ahead": "never"})
     resized = trial.run(config, [(step, setpoint(count)) for step, count in WALK])
-    assert_same_losses(resized, trial.run(trial.config("expected", stage=stage)))
+    assert_same_losses(resized, trial.expected(stage=stage))
     assert_walked(resized)
 
 
@@ -69,7 +70,7 @@ def test_optimizer_and_schedule_of_deepspeed(trial: Trial) -> None:
             "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 4, "total_num_steps": MAX_STEPS},
         },
     }
-    expected = trial.run(trial.config("expected", stage=2, deepspeed=deepspeed))
+    expected = trial.expected(stage=2, deepspeed=deepspeed)
     resized = trial.run(
         trial.config("resized", stage=2, deepspeed=deepspeed), [(4, setpoint(1)), (8, setpoint(3))]
     )
@@ -88,7 +89,7 @@ def test_own_training_function_with_sgd_and_momentum(trial: Trial, stage: int) -
         "train_function": "tests.integration.own_training:train_with_sgd",
         "train_function_args": {"momentum": 0.9},
     }
-    expected = trial.run(trial.config("expected", stage=stage, training=training))
+    expected = trial.expected(stage=stage, training=training)
     resized = trial.run(
         trial.config("resized", stage=stage, training=training), [(4, setpoint(1)), (9, setpoint(3))]
     )
@@ -96,7 +97,7 @@ def test_own_training_function_with_sgd_and_momentum(trial: Trial, stage: int) -
 
 
 def test_share_alone(trial: Trial) -> None:
-    expected = trial.run(trial.config("expected"))
+    expected = trial.expected()
     changed = trial.run(trial.config("changed"), [(5, setpoint(2, share=40))])
     assert_same_losses(changed, expected)
     (row,) = changed.rows("resize")
@@ -114,7 +115,7 @@ def test_two_nodes(trial: Trial, stage: int) -> None:
         for node_id, folder in run.memory_folders.items():
             held[node_id] = max(path.stat().st_blocks * 512 for path in folder.glob("slot-*"))
 
-    expected = trial.run(trial.config("expected", stage=stage))
+    expected = trial.expected(stage=stage)
     resized = trial.run(
         trial.config("resized", stage=stage),
         [
@@ -143,7 +144,7 @@ def test_two_nodes(trial: Trial, stage: int) -> None:
 
 def test_resumed_with_another_number_of_workers(trial: Trial, tmp_path: Path) -> None:
     """A checkpoint of two ranks at ZeRO 3 goes on with 1 to 4 ranks, at other stages too."""
-    expected = trial.run(trial.config("expected", stage=3, model="llama"))
+    expected = trial.expected(stage=3, model="llama")
     saved = trial.run(trial.config("saved", stage=3, model="llama"), [(6, lambda run: run.interrupt())])
     assert saved.status == "interrupted"
     assert saved.checkpoints == [7]

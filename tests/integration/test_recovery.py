@@ -46,7 +46,7 @@ def test_engine_killed(trial: Trial, stage: int, rank: int) -> None:
         plan_faults=lambda plan: faults.append(plan.fail_at(rank, 11)),
     )
     assert_fired(result, faults[0])
-    assert_same_losses(result, trial.run(trial.config("expected", stage=stage)))
+    assert_same_losses(result, trial.expected(stage=stage))
     assert only(result.rows("rollback"))["resumed_step"] == 8
     fault = only(result.rows("fault"))
     assert (fault["kind"], "signal 9" in fault["detail"]) == ("killed", True)
@@ -93,7 +93,7 @@ def test_failures_with_progress_between_are_forgiven(trial: Trial) -> None:
     )
     for fault in faults:
         assert_fired(result, fault)
-    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert_same_losses(result, trial.expected())
     assert [row["kind"] for row in result.rows("fault")] == ["out_of_memory"] * 3
 
 
@@ -108,7 +108,7 @@ def test_error_in_engines_built_ahead(trial: Trial) -> None:
         ),
     )
     assert_fired(result, faults[0])
-    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert_same_losses(result, trial.expected())
     assert result.rows("rollback") == []
     assert "EADT-331" in [row["code"] for row in result.rows("note")]
     assert [row["world_size"] for row in result.generations] == [2, 3]
@@ -128,7 +128,7 @@ def test_setting_that_cannot_work(trial: Trial, moment: Moment, times: int) -> N
         ),
     )
     assert_fired(result, faults[0], times)
-    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert_same_losses(result, trial.expected())
     assert set(result.world_sizes.values()) == {2}
     assert [row["lost_steps"] for row in result.rows("recovery")] in ([], [0])
     note = only([row for row in result.rows("note") if row["code"] == "EADT-338"])
@@ -145,7 +145,7 @@ def test_killed_while_saving_a_snapshot(trial: Trial, rank: int) -> None:
         plan_faults=lambda plan: faults.append(plan.fail_at(rank, 8, moment=Moment.SAVE)),
     )
     assert_fired(result, faults[0])
-    assert_same_losses(result, trial.run(trial.config("expected", stage=3)))
+    assert_same_losses(result, trial.expected(stage=3))
     assert only(result.rows("rollback"))["resumed_step"] == 4
 
 
@@ -158,19 +158,20 @@ def test_killed_while_handing_over(trial: Trial) -> None:
         plan_faults=lambda plan: faults.append(plan.fail_at(1, 6, moment=Moment.SAVE)),
     )
     assert_fired(result, faults[0])
-    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert_same_losses(result, trial.expected())
     assert only(result.rows("rollback"))["resumed_step"] == 4
     assert result.generations[-1]["world_size"] == 1
 
 
 def test_newest_checkpoint_corrupt(trial: Trial, tmp_path: Path) -> None:
-    expected = trial.run(trial.config("expected"))
+    expected = trial.expected()
     keep = {"every_steps": 3, "keep": 3}
-    saved = trial.run(
-        trial.config("run", checkpoint=keep),
-        [(6, lambda run: run.until(lambda: CheckpointStore(_storage(run)).steps())),
-         (9, lambda run: run.interrupt())],
-    )  # fmt: skip
+
+    async def interrupt(run: LocalRun) -> None:
+        await run.until(lambda: CheckpointStore(_storage(run)).steps())
+        await run.interrupt()
+
+    saved = trial.run(trial.config("run", checkpoint=keep), [(5, _save_asked), (9, interrupt)])
     assert saved.status == "interrupted"
     newest, older = saved.checkpoints[:2]
     shard = next((tmp_path / "run").glob(f"checkpoints/step-{newest:08d}/shard-*.bin"))
@@ -187,8 +188,13 @@ def _storage(run: LocalRun) -> str:
     return run.coordinator.settings.storage_path
 
 
+async def _save_asked(run: LocalRun) -> None:
+    """By now the coordinator knows of the step before the last."""
+    await run.until(lambda: "save" in run.commands)
+
+
 def test_interrupted_and_run_again(trial: Trial) -> None:
-    expected = trial.run(trial.config("expected", stage=2))
+    expected = trial.expected(stage=2)
     first = trial.run(trial.config("run", stage=2), [(7, lambda run: run.interrupt())])
     assert first.status == "interrupted"
     assert first.checkpoints == [8]
@@ -196,9 +202,8 @@ def test_interrupted_and_run_again(trial: Trial) -> None:
     second = trial.run(trial.config("run", stage=2))
     assert_same_losses(second, expected, after=8)
     assert {**first.losses, **second.losses}.keys() == expected.losses.keys()
-    assert first.losses.items() <= expected.losses.items() or max(
-        abs(first.losses[step] - expected.losses[step]) for step in first.losses
-    ) < 1e-5  # fmt: skip
+    for step, loss in first.losses.items():
+        assert loss == pytest.approx(expected.losses[step], rel=1e-5)
 
 
 @pytest.fixture
@@ -232,7 +237,7 @@ def test_no_room_in_shared_memory(trial: Trial, tiny_memory: Path) -> None:
         trial.config("spilled"), [(4, setpoint(1)), (8, look), (10, setpoint(3))],
         shared_memory_dir=str(tiny_memory),
     )  # fmt: skip
-    assert_same_losses(result, trial.run(trial.config("expected")))
+    assert_same_losses(result, trial.expected())
     assert on_disk
     assert all("spill-node0" in str(path) for path in on_disk)
     note = only([row for row in result.rows("note") if row["code"] == "EADT-335"])
@@ -250,10 +255,10 @@ def test_node_lost(trial: Trial, stage: int) -> None:
 
     result = trial.run(
         trial.config("lost", stage=stage, checkpoint={**SNAPSHOTS, "every_steps": 4}),
-        [(10, wait_and_lose)],
+        [(6, _save_asked), (10, wait_and_lose)],
         nodes=(2, 2),
     )
-    assert_same_losses(result, trial.run(trial.config("expected", stage=stage)))
+    assert_same_losses(result, trial.expected(stage=stage))
     assert "node_lost" in [row["kind"] for row in result.rows("fault")]
     resumed_step = only(result.rows("rollback"))["resumed_step"]
     assert 4 <= resumed_step <= 10

@@ -29,13 +29,17 @@ class Trial:
         engines: The session's warm fork server.
         text: A text file to train on.
         folder: The test's own folder.
+        calm_runs: Uninterrupted runs of this session, by configuration.
     """
 
-    def __init__(self, engines: WarmEngines, text: Path, folder: Path) -> None:
+    def __init__(
+        self, engines: WarmEngines, text: Path, folder: Path, calm_runs: dict[str, LocalResult]
+    ) -> None:
         self._engines = engines
         self._text = text
         self._folder = folder
         self._attempts = itertools.count()
+        self._calm_runs = calm_runs
 
     def config(
         self,
@@ -90,6 +94,14 @@ class Trial:
                 "power": {"source": "estimate"},
             }
         )
+
+    def expected(self, **options: Any) -> LocalResult:
+        """The run that nothing happens to; takes what :meth:`config` takes. Done once a session."""
+        config = self.config("expected", **options)
+        key = config.model_dump_json(exclude={"run"})
+        if key not in self._calm_runs:
+            self._calm_runs[key] = self.run(config)
+        return self._calm_runs[key]
 
     def run(
         self,
