@@ -27,7 +27,7 @@ from eadt.node_agent import AgentSettings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
 
-_WATCH_S = 0.5
+_WATCH_S = 1.0
 _POWER_WINDOW_S = 10.0
 _CALL_TIMEOUT_S = 30.0
 _AGENT_RETRY_S = 5.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from eadt.clock import SYSTEM_CLOCK
 
-BEAT_S = 0.5
+BEAT_S = 1.0
 
 
 def run_host(config: dict[str, Any]) -> None:
