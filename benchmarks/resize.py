@@ -1,6 +1,6 @@
 """The pause of a resize: EADT in place, by group and by restart, against stock Ray Train's restart.
 
-    python benchmarks/resize.py [--quick] [--count N] [--stages 1,2,3] [--json] [--save]
+    python benchmarks/resize.py [--quick | --full] [--count N] [--stages 1,2,3] [--json] [--save]
 
 The pause is the time from the end of the last step at the old size to the end of the first step at the
 new size, less an ordinary step at the new size (median of the four after the first). Each way trains the
@@ -342,25 +342,34 @@ def _names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--count", type=int, help="resizes down, and as many up, of each way (default 3)")
-    parser.add_argument("--rounds", type=int, help="rounds in which the ways take turns (default 2)")
-    parser.add_argument("--quick", action="store_true", help="2 of each, one round, one size: 2 minutes")
-    parser.add_argument("--full", action="store_true", help="what is committed: 10 of each, three rounds")
+    parser.add_argument("--count", type=int, help="resizes down, and as many up, of each way (default 2)")
+    parser.add_argument("--rounds", type=int, help="rounds in which the ways take turns (default 1)")
+    parser.add_argument("--quick", action="store_true", help="one of each, ZeRO 1 only, no second table")
+    parser.add_argument("--full", action="store_true", help="what is committed: 10 of each, in two rounds")
     parser.add_argument("--ways", type=_names(WAYS), default=list(WAYS), help="comma-separated")
-    parser.add_argument("--stages", type=_numbers, default=[1, 2, 3], help="ZeRO stages in place")
+    parser.add_argument("--stages", type=_numbers, help="ZeRO stages in place (default 1,2,3)")
     parser.add_argument("--other-stages", type=_numbers, default=[1], help="ZeRO stages of the other ways")
-    parser.add_argument("--sizes", type=_names(WORKLOADS), help="second table: 1M,10M,100M or fewer")
+    parser.add_argument(
+        "--sizes", type=_names(WORKLOADS), help="second table (default 1M,10M; full: 100M too)"
+    )
     parser.add_argument("--size-count", type=int, help="resizes down, and up, in the second table")
+    parser.add_argument(
+        "--aheads",
+        type=_names(("auto", "never")),
+        default=["auto"],
+        help="second table: auto (engines built ahead), never, or both",
+    )
     add_output_options(parser, RESULT)
     arguments = parser.parse_args()
-    count = arguments.count or (2 if arguments.quick else 10 if arguments.full else 3)
-    num_rounds = arguments.rounds or (1 if arguments.quick else 3 if arguments.full else 1)
+    count = arguments.count or (1 if arguments.quick else 10 if arguments.full else 2)
+    num_rounds = arguments.rounds or (2 if arguments.full else 1)
+    stages = arguments.stages or ([1] if arguments.quick else [1, 2, 3])
     sizes = arguments.sizes
     if sizes is None:
-        sizes = ["1M"] if arguments.quick else ["1M", "10M", "100M"]
+        sizes = [] if arguments.quick else ["1M", "10M", "100M"] if arguments.full else ["1M", "10M"]
     size_count = arguments.size_count or (5 if arguments.full else 2)
     ways = [(way, stage) for way in arguments.ways
-            for stage in (arguments.stages if way == "in_place" else arguments.other_stages)]  # fmt: skip
+            for stage in (stages if way == "in_place" else arguments.other_stages)]  # fmt: skip
     begun_s = time.perf_counter()
     machine = hardware()
     folder = Path(tempfile.mkdtemp(prefix="eadt-bench-"))
@@ -368,9 +377,7 @@ def main() -> None:
         with ray_cluster():
             bench = Bench(folder)
             rows = measure_ways(bench, ways, count, num_rounds)
-            by_size = measure_sizes(
-                bench, sizes, ["auto", "never"] if not arguments.quick else ["auto"], size_count
-            )
+            by_size = measure_sizes(bench, sizes, arguments.aheads, size_count)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     add_ratios(rows)
