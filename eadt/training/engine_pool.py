@@ -71,7 +71,7 @@ class EnginePool:
         """Block until the fork server can fork at once.
 
         Raises:
-            EnvironmentFailure: EADT-338, it did not come up; the message ends with its log.
+            EnvironmentFailure: EADT-339, it did not come up; the message ends with its log.
         """
         step_s = 0.1
         for _ in range(max(1, int(timeout_s / step_s))):
@@ -81,7 +81,7 @@ class EnginePool:
                 break
         raise EnvironmentFailure(
             "the engines' fork server did not start on this node",
-            code="EADT-338",
+            code="EADT-339",
             means="no training engine can run here",
             fix="its log ends with: " + self.log_tail("fork-server"),
         )
@@ -97,7 +97,7 @@ class EnginePool:
             self._backlog.setdefault(spec.engine_id, [])
             server = self._fork_server
         if server is None:
-            raise EnvironmentFailure("the fork server is not up", code="EADT-338")
+            raise EnvironmentFailure("the fork server is not up", code="EADT-339")
         server.send(("fork", spec, str(self._log_path(spec.engine_id))))
 
     def send(self, engine_id: str, *command: Any) -> None:
