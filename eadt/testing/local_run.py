@@ -287,6 +287,7 @@ class LocalRun:
         self._specs: list[EngineSpec] = []
         self._changes: list[str] = []
         self._open = True
+        self._booking = True
         self.coordinator: Coordinator
         self._settings: RunSettings
         self._loop: asyncio.AbstractEventLoop
@@ -316,6 +317,8 @@ class LocalRun:
         finally:
             self._open = False
             await asyncio.gather(*(asyncio.to_thread(agent.stop) for agent in self._agents.values()))
+            await asyncio.sleep(0)  # the meters' last rows are on their way into this loop
+            self._booking = False
             recorder.close()
         served = serving.done()
         serving.cancel()
@@ -421,7 +424,7 @@ class LocalRun:
 
     def _from_agent(self, callback: Callable[..., None], *arguments: Any) -> None:
         """From any of an agent's threads into the coordinator's loop, in the caller's order."""
-        if self._open:
+        if self._booking:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
@@ -429,7 +432,7 @@ class LocalRun:
             self.coordinator.engine_event(node_id, engine_id, kind, values)
 
     def _book(self, row: dict[str, Any]) -> None:
-        if self._open:
+        if self._booking:
             self._recorder.book(row)
 
     async def _serve_gates(self) -> None:
