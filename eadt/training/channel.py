@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
 from typing import Any
 
 Message = tuple[Any, ...]
@@ -76,3 +78,19 @@ class EngineChannel:
             with self._arrived:
                 self._open = False
                 self._arrived.notify_all()
+
+
+def accept_in_background(listener: Listener, serve: Callable[[Connection], None], name: str) -> None:
+    """Accept connections until the listener is closed; each is served in a daemon thread of its own."""
+
+    def accept() -> None:
+        while True:
+            try:
+                connection = listener.accept()
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue  # a stranger, or one that went away again
+            except OSError:
+                return  # closed
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, name=name, daemon=True).start()

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from eadt.errors import EnvironmentFailure
+from eadt.training.channel import accept_in_background
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.fork_server import ADDRESS_ENV, KEY_ENV
 
@@ -59,7 +59,7 @@ class EnginePool:
         # A path for the socket would be too long below deep folders (108 bytes).
         address = f"\0eadt-{os.getpid()}-{secrets.token_hex(8)}"
         self._listener = Listener(address, family="AF_UNIX", backlog=256, authkey=self._key)
-        threading.Thread(target=self._accept, name="eadt-engines", daemon=True).start()
+        accept_in_background(self._listener, self._receive, "eadt-engines")
         environment = {**os.environ, **self._env, ADDRESS_ENV: address[1:], KEY_ENV: self._key.hex()}
         with (logs / "fork-server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -148,17 +148,6 @@ class EnginePool:
 
     def _log_path(self, engine_id: str) -> Path:
         return self._folder / "logs" / f"{engine_id}.log"
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
-            try:
-                connection = self._listener.accept()
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue
-            except OSError:
-                return  # stopped
-            threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
 
     def _receive(self, connection: Connection) -> None:
         engine_id: str | None = None

@@ -6,11 +6,10 @@ of :mod:`multiprocessing.connection`) and may read slots below one folder, nothi
 
 from __future__ import annotations
 
-import threading
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
+from eadt.training.channel import accept_in_background
 from eadt.training.state import StateLayout, StateSlot
 
 
@@ -33,23 +32,12 @@ class StateServer:
     def start(self) -> None:
         """Begin to listen. Does not block."""
         self._listener = Listener((self._host, 0), backlog=64, authkey=self._authkey)
-        threading.Thread(target=self._accept, name="eadt-state-server", daemon=True).start()
+        accept_in_background(self._listener, self._serve, "eadt-state-server")
 
     def stop(self) -> None:
         """Stop listening; transfers under way end with their connections."""
         if self._listener is not None:
             self._listener.close()
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
-            try:
-                connection = self._listener.accept()
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
         slots: dict[str, StateSlot] = {}
