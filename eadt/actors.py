@@ -7,9 +7,6 @@ a long one does not hold up the others.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,11 @@ from typing import Any
 import ray
 
 from eadt.adapters.priority import rise_above_workers
-from eadt.clock import SYSTEM_CLOCK, unix_s
+from eadt.clock import SYSTEM_CLOCK
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.coordinator import Coordinator
-from eadt.coordination.nodes import NodeInfo
+from eadt.coordination.nodes import NodeInfo, NodeReading
+from eadt.coordination.outbox import Item, Outbox
 from eadt.coordination.placement import Host
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
@@ -35,9 +33,6 @@ NAMESPACE = "eadt"
 
 _CALL_TIMEOUT_S = 600.0
 _RETRY_S = 0.5
-
-_Item = tuple[Any, ...]
-"""An engine's event (engine_id, kind, values), or a ledger row alone."""
 
 
 def coordinator_name(run_id: str) -> str:
@@ -137,9 +132,10 @@ class CoordinatorActor:
         """A host has come."""
         self._coordinator.register_host(Host(**place))
 
-    async def host_beat(self, place: dict[str, Any]) -> bool:
-        """A host is there; returns whether it should stay."""
-        return self._coordinator.host_beat(place["world_rank"])
+    async def host_beat(self, world_rank: int, hold_s: float) -> bool:
+        """A host is there; returns at the run's end, or after ``hold_s`` s: whether it should stay."""
+        self._coordinator.host_beat(world_rank)
+        return not await self._coordinator.wait_for_end(hold_s)
 
     async def host_target(
         self, alive_nodes: list[str], num_free: int, present: int | None, group_is_up: bool
@@ -156,7 +152,7 @@ class CoordinatorActor:
         """A node agent is up."""
         self._coordinator.add_node(info, RayNodeClient(agent))
 
-    async def deliver(self, node_id: str, items: list[_Item]) -> None:
+    async def deliver(self, node_id: str, items: list[Item]) -> None:
         """What engines said and ledger rows of a node, in order."""
         for item in items:
             if len(item) == 1:
@@ -198,13 +194,21 @@ class CoordinatorActor:
         """The run as it stands."""
         return self._coordinator.snapshot()
 
-    async def events_since(self, number: int) -> tuple[list[dict[str, Any]], int]:
-        """Rows worth showing."""
-        return self._recorder.events_since(number)
+    async def look(self, events_seen: int, window_s: float) -> dict[str, Any]:
+        """What the driver shows: ``snapshot``, ``events`` since a number, ``events_seen`` for the next
+        look, ``samples_per_second`` over the last ``window_s`` s."""
+        events, events_seen = self._recorder.events_since(events_seen)
+        rate, _ = self._recorder.throughput(window_s, self._recorder.began_unix_s)
+        return {
+            "snapshot": self._coordinator.snapshot(),
+            "events": events,
+            "events_seen": events_seen,
+            "samples_per_second": rate,
+        }
 
-    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int, float]:
-        """Samples/s and steps of the last ``window_s`` s, and the time of the answer."""
-        return *self._recorder.throughput(window_s, since_unix_s), unix_s()
+    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
+        """Samples/s and number of the steps of the last ``window_s`` s."""
+        return self._recorder.throughput(window_s, since_unix_s)
 
     async def keep_state(self, name: str, value: dict[str, Any]) -> None:
         """Keep what an actor needs when it is started again."""
@@ -223,44 +227,22 @@ class NodeAgentActor:
         self._settings = settings
         self._coordinator = ray.get_actor(coordinator, namespace=NAMESPACE)
         self._agent = NodeAgent(settings, self._on_event, self._on_row)
-
-        self._outbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._is_sent = threading.Condition()
-        self._num_waiting = 0
-        threading.Thread(target=self._send, name="eadt-outbox", daemon=True).start()
+        self._outbox = Outbox(self._deliver)
 
     def _on_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
-        self._put((engine_id, kind, values))
+        self._outbox.put((engine_id, kind, values))
 
     def _on_row(self, row: dict[str, Any]) -> None:
-        self._put((row,))
+        self._outbox.put((row,))
 
-    def _put(self, item: _Item) -> None:
-        with self._is_sent:
-            self._num_waiting += 1
-            self._outbox.put(item)
-
-    def _send(self) -> None:
-        """Deliver in order: one batch at a time, of all that has come meanwhile."""
+    def _deliver(self, items: list[Item]) -> None:
         while True:
-            items = [self._outbox.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    items.append(self._outbox.get_nowait())
-            while True:
-                try:
-                    ray.get(self._coordinator.deliver.remote(self._settings.node_id, items))
-                except ray.exceptions.ActorUnavailableError:
-                    SYSTEM_CLOCK.sleep(_RETRY_S)
-                else:
-                    break
-            with self._is_sent:
-                self._num_waiting -= len(items)
-                self._is_sent.notify_all()
-
-    def _wait_until_sent(self) -> None:
-        with self._is_sent:
-            self._is_sent.wait_for(lambda: self._num_waiting == 0, timeout=_CALL_TIMEOUT_S)
+            try:
+                ray.get(self._coordinator.deliver.remote(self._settings.node_id, items))
+            except ray.exceptions.ActorUnavailableError:
+                SYSTEM_CLOCK.sleep(_RETRY_S)
+            else:
+                return
 
     async def start(self) -> None:
         """Start everything on this node and join the run."""
@@ -271,7 +253,7 @@ class NodeAgentActor:
     async def stop(self) -> None:
         """End everything on this node."""
         await asyncio.to_thread(self._agent.stop)
-        await asyncio.to_thread(self._wait_until_sent)
+        await asyncio.to_thread(self._outbox.flush, _CALL_TIMEOUT_S)
 
     async def ping(self) -> str:
         """Answer."""
@@ -305,13 +287,9 @@ class NodeAgentActor:
         """A host is there."""
         self._agent.renew_lease()
 
-    async def mean_power_w(self, window_s: float) -> Any:
-        """Mean power of the training devices in W with its quality, or ``None``."""
-        return self._agent.mean_power_w(window_s)
-
-    async def energy_j(self) -> float:
-        """Energy since the start in J."""
-        return self._agent.energy_j()
+    async def reading(self, window_s: float) -> NodeReading:
+        """What the meter says of the last ``window_s`` s."""
+        return self._agent.reading(window_s)
 
     async def available_bytes(self) -> int:
         """Memory for new engines."""

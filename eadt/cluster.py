@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,17 @@ from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.adapters.ray_train import draining_nodes, run_host_group
 from eadt.clock import monotonic_s
 from eadt.config import RunConfig
+from eadt.coordination.coordinator import HOST_BEAT_S
+from eadt.coordination.nodes import NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node_agent import AgentSettings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
+from eadt.units import Quality
 
 _WATCH_S = 1.0
+_RATE_WINDOW_S = 30.0
 _POWER_WINDOW_S = 10.0
 _CALL_TIMEOUT_S = 30.0
 _AGENT_RETRY_S = 5.0
@@ -229,6 +233,7 @@ class ClusterRun:
                     "coordinator": coordinator_name(self._settings.run_id),
                     "agent_prefix": agent_prefix(self._settings.run_id),
                     "namespace": NAMESPACE,
+                    "beat_s": HOST_BEAT_S,
                 },
                 name=f"hosts-{self._settings.run_id}",
                 resources_per_worker=self._resources_per_host(),
@@ -296,14 +301,14 @@ class ClusterRun:
     def _watch_run(self) -> None:
         while self._interrupts:
             self._ask(self._coordinator.interrupt.remote(self._interrupts.pop(0)))
-        events, self._events_seen = self._ask(self._coordinator.events_since.remote(self._events_seen))
-        for event in events:
+        look = self._ask(self._coordinator.look.remote(self._events_seen, _RATE_WINDOW_S))
+        self._events_seen, snapshot = look["events_seen"], look["snapshot"]
+        for event in look["events"]:
             self._on_event(event)
-        snapshot = self._ask(self._coordinator.snapshot.remote())
         self._watch_resources(snapshot)
         if snapshot["is_training"] or (snapshot["status"] == "completed" and self._is_reporting):
             self._is_reporting = snapshot["is_training"]  # once more at the end
-            self._on_event(self._progress(snapshot))
+            self._on_event(self._progress(snapshot, look["samples_per_second"]))
         elif snapshot["waiting_for"] and snapshot["waiting_for"] != self._last_phase:
             self._last_phase = snapshot["waiting_for"]
             self._on_event({"type": "phase", "text": f"waiting for {self._last_phase}"})
@@ -331,13 +336,11 @@ class ClusterRun:
                 )
             )
 
-    def _progress(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+    def _progress(self, snapshot: dict[str, Any], rate: float | None) -> dict[str, Any]:
         steps_left = snapshot["max_steps"] - snapshot["step"]
-        rate, _, _ = self._ask(self._coordinator.throughput.remote(30.0, snapshot["began_unix_s"]))
-        powers = self._ask_agents("mean_power_w", _POWER_WINDOW_S)
-        energies = [energy for energy in self._ask_agents("energy_j") if energy is not None]
-        known = [power for power in powers if power is not None]
-        power_w = sum(power[0] for power in known) if known and len(known) == len(powers) else None
+        readings = self._read_agents()
+        powers = [reading.power_w if reading else None for reading in readings]
+        power_w = _sum_if_known(powers)
         eta_s = steps_left * self._settings.train_batch_size / rate if rate else None
         setpoint = snapshot["setpoint"] or snapshot["desired"]
         return {
@@ -347,9 +350,9 @@ class ClusterRun:
             "loss": snapshot["loss"],
             "samples_per_second": rate,
             "power_w": power_w,
-            "power_quality": str(known[0][1]) if known else None,
+            "power_quality": str(Quality.worst(reading.quality for reading in readings if reading)),
             "joules_per_sample": power_w / rate if power_w is not None and rate else None,
-            "energy_j": sum(energies),
+            "energy_j": _sum_if_known([reading.energy_j if reading else None for reading in readings]),
             "num_workers": setpoint.num_workers,
             "share_percentage": setpoint.mps_active_thread_percentage,
             "eta_s": eta_s,
@@ -394,12 +397,12 @@ class ClusterRun:
             self._agents_due_s[node_id] = monotonic_s() + _AGENT_RETRY_S
             self._coordinator.lose_node.remote(node_id, why)
 
-    def _ask_agents(self, method: str, *arguments: Any) -> list[Any]:
-        """Ask each node agent; ``None`` for one that does not answer."""
+    def _read_agents(self) -> list[NodeReading | None]:
+        """What each node's meter says; ``None`` for one that does not answer."""
         references = {
-            node_id: getattr(agent, method).remote(*arguments) for node_id, agent in self._agents.items()
+            node_id: agent.reading.remote(_POWER_WINDOW_S) for node_id, agent in self._agents.items()
         }
-        answers: list[Any] = []
+        answers: list[NodeReading | None] = []
         for node_id, reference in references.items():
             answer = None
             try:
@@ -451,6 +454,12 @@ class ClusterRun:
 
     def _ask(self, references: Any) -> Any:
         return ray.get(references, timeout=_CALL_TIMEOUT_S)
+
+
+def _sum_if_known(values: Sequence[float | None]) -> float | None:
+    """The sum; unknown if a part of it is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ actor.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import psutil
 
 from eadt.clock import SYSTEM_CLOCK, anchor, monotonic_s
 from eadt.config import PowerConfig, TrainingConfig
-from eadt.coordination.nodes import NodeInfo
+from eadt.coordination.nodes import NodeInfo, NodeReading
 from eadt.errors import EnvironmentFailure
 from eadt.telemetry.meter import Meter
 from eadt.telemetry.sources import SimulatedGpuSource, detect_sources
@@ -269,17 +270,18 @@ class NodeAgent:
             rows, self._waiting_rows = self._waiting_rows, []
         self._book(rows)
 
-    def mean_power_w(self, window_s: float) -> tuple[float, Quality] | None:
-        """Mean power of the training devices over the last ``window_s`` s, in W; unknown: ``None``."""
-        if self._booked is not None and not self._booked:
-            return 0.0, Quality.MEASURED  # another Ray node measures this machine
-        return self._meter.mean_power_w(window_s)
-
-    def energy_j(self) -> float:
-        """Energy of all components booked since the start, in J."""
+    def reading(self, window_s: float) -> NodeReading:
+        """What the meter says of the last ``window_s`` s."""
+        booked = self._booked
+        if booked is not None and not booked:
+            return NodeReading(0.0, Quality.MEASURED, 0.0)  # another Ray node measures this machine
+        power = self._meter.mean_power_w(window_s)
+        power_w, quality = power if power is not None else (None, Quality.MEASURED)
         totals = self._meter.totals()
-        booked = self._booked or ()
-        return sum(total.energy_j or 0.0 for name, total in totals.items() if name in booked)
+        booked_j = [total.energy_j for name, total in totals.items() if booked is None or name in booked]
+        known_j = [energy_j for energy_j in booked_j if energy_j is not None]
+        energy_j = math.fsum(known_j) if len(known_j) == len(booked_j) else None
+        return NodeReading(power_w, quality, energy_j)
 
     def _book(self, rows: list[dict[str, Any]]) -> None:
         with self._booking:

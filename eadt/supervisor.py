@@ -22,6 +22,7 @@ from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.control.loop import ApplySetpoint, ControlLoop, Effect, RecordDecision
 from eadt.control.observation import Observation
 from eadt.control.setpoint import Setpoint
+from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
 from eadt.units import Quality, format_duration
 
@@ -35,11 +36,7 @@ _SHORTEST_POLL_S = 0.05
 _LONGEST_WINDOW_IN_INTERVALS = 2.0
 """A window that grew longer, while nobody answered, is cut to one interval: meters remember only so long."""
 
-_WORST_LAST = (Quality.MEASURED, Quality.ESTIMATED, Quality.SIMULATED, Quality.STALE)
 _ENDS = ("completed", "interrupted", "failed")
-
-PowerReadings = dict[str, tuple[float, Quality] | None]
-"""Mean power in W with its quality by Ray node id; ``None`` where unknown."""
 
 
 class RunView(Protocol):
@@ -57,12 +54,11 @@ class RunView(Protocol):
         """Samples/s and number of the steps that ended in the window; see ``Recorder.throughput``."""
         ...
 
-    async def power(self, node_ids: Sequence[str], window_s: float) -> PowerReadings:
-        """Mean power of the training devices of some nodes over the last ``window_s`` s. Never raises."""
-        ...
+    async def readings(self, node_ids: Sequence[str], window_s: float) -> dict[str, NodeReading | None]:
+        """What meters say of the last ``window_s`` s, by Ray node id; ``None`` for one that does not answer.
 
-    async def energy(self, node_ids: Sequence[str]) -> dict[str, float | None]:
-        """Energy of some nodes since their agents started, in J; ``None`` where unknown. Never raises."""
+        Never raises.
+        """
         ...
 
     async def apply(self, setpoint: Setpoint, reason: str, decision_id: str | None) -> dict[str, Any]:
@@ -363,19 +359,21 @@ class EnergySupervisor:
         """Whole-job power in W and the worst quality in it; unknown if any training node's is."""
         training = list(snapshot["node_ids"])
         parked = sorted({host["node_id"] for host in snapshot["hosts"]} - set(training))
-        readings = await self._run.power(training, window_s)
-        if all(reading is not None and reading[0] == 0.0 for reading in readings.values()):
+        readings = await self._run.readings(training + parked, window_s)
+        for node_id, reading in readings.items():
+            self._energy.add(node_id, reading.energy_j if reading else None)
+        powers = {node_id: reading.power_w if reading else None for node_id, reading in readings.items()}
+        if all(powers[node_id] == 0.0 for node_id in training):
             # Another Ray node on the same machine has the meter, and trains nothing itself.
-            readings = {**readings, **await self._run.power(parked, window_s)}
-        known = [reading for reading in readings.values() if reading is not None]
-        unknown = [node_id for node_id, reading in readings.items() if reading is None]
-        power_w = sum(reading[0] for reading in known)
-        quality = max((reading[1] for reading in known), key=_WORST_LAST.index, default=Quality.MEASURED)
-        for node_id, energy_j in (await self._run.energy(training + parked)).items():
-            self._energy.add(node_id, energy_j)
+            meant = training + parked
+        else:
+            meant = training
+        known = [node_id for node_id in meant if powers[node_id] is not None]
+        unknown = [node_id for node_id in meant if powers[node_id] is None]
+        power_w = sum(powers[node_id] or 0.0 for node_id in known)
+        quality = Quality.worst(reading.quality for name in known if (reading := readings[name]))
         if known:
-            worst = (quality, self._energy.quality or Quality.MEASURED)
-            self._energy.quality = max(worst, key=_WORST_LAST.index)
+            self._energy.quality = Quality.worst([quality, self._energy.quality or Quality.MEASURED])
         is_known = not unknown and power_w > 0.0
         if is_known != self._power_is_known:
             self._power_is_known = is_known

@@ -15,8 +15,9 @@ from eadt.actors import NAMESPACE, agent_prefix, coordinator_name
 from eadt.config import RunConfig
 from eadt.control.factory import make_control_loop
 from eadt.control.setpoint import Setpoint
+from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
-from eadt.supervisor import EnergySupervisor, PowerReadings, SupervisorSettings
+from eadt.supervisor import EnergySupervisor, SupervisorSettings
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +51,20 @@ class RayRunView:
 
     async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
         """See ``RunView``."""
-        rate, num_steps, _ = await self._ask("throughput", window_s, since_unix_s)
-        return rate, num_steps
+        answer: tuple[float | None, int] = await self._ask("throughput", window_s, since_unix_s)
+        return answer
 
-    async def power(self, node_ids: Sequence[str], window_s: float) -> PowerReadings:
+    async def readings(self, node_ids: Sequence[str], window_s: float) -> dict[str, NodeReading | None]:
         """See ``RunView``."""
-        return await self._ask_agents(node_ids, "mean_power_w", window_s)
 
-    async def energy(self, node_ids: Sequence[str]) -> dict[str, float | None]:
-        """See ``RunView``."""
-        return await self._ask_agents(node_ids, "energy_j")
+        async def ask(node_id: str) -> NodeReading | None:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
+                name = agent_prefix(self._run_id) + node_id
+                reading: NodeReading = await self._call(name, "reading", (window_s,), _AGENT_TIMEOUT_S)
+                return reading
+            return None
+
+        return dict(zip(node_ids, await asyncio.gather(*map(ask, node_ids)), strict=True))
 
     async def apply(self, setpoint: Setpoint, reason: str, decision_id: str | None) -> dict[str, Any]:
         """See ``RunView``."""
@@ -92,15 +97,6 @@ class RayRunView:
             raise EnvironmentFailure(
                 f"the run's coordinator does not answer ({type(error).__name__} in {method})", code="EADT-371"
             ) from error
-
-    async def _ask_agents(self, node_ids: Sequence[str], method: str, *arguments: Any) -> dict[str, Any]:
-        async def ask(node_id: str) -> Any:
-            with contextlib.suppress(ray.exceptions.RayError, ValueError, TimeoutError):
-                name = agent_prefix(self._run_id) + node_id
-                return await self._call(name, method, arguments, _AGENT_TIMEOUT_S)
-            return None
-
-        return dict(zip(node_ids, await asyncio.gather(*map(ask, node_ids)), strict=True))
 
     async def _call(self, name: str, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -12,6 +13,12 @@ class Quality(StrEnum):
     ESTIMATED = "estimated"
     SIMULATED = "simulated"
     STALE = "stale"
+
+    @classmethod
+    def worst(cls, qualities: Iterable[Quality]) -> Quality:
+        """The least trustworthy of them, in the order of this class; of none: ``MEASURED``."""
+        order = list(cls)
+        return max(qualities, key=order.index, default=cls.MEASURED)
 
 
 def format_energy(energy_j: float | None) -> str:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from eadt.control.observation import Observation
 from eadt.units import Quality
 
-_WORST_LAST = (Quality.MEASURED, Quality.ESTIMATED, Quality.SIMULATED, Quality.STALE)
-
 
 def mean_observation(windows: Sequence[Observation]) -> Observation:
     """One observation over all ``windows``, weighted by their lengths.
@@ -32,7 +30,7 @@ def mean_observation(windows: Sequence[Observation]) -> Observation:
         samples_per_second=_weighted_mean(windows, lambda window: window.samples_per_second),
         power_w=_weighted_mean(windows, lambda window: window.power_w),
         num_steps=sum(window.num_steps for window in windows),
-        quality=max((window.quality for window in windows), key=_WORST_LAST.index),
+        quality=Quality.worst(window.quality for window in windows),
     )
 
 

@@ -38,7 +38,10 @@ _PING_TIMEOUT_S = 3.0
 _FIRST_NODES_S = 120.0
 """How long a run waits at its start for the agents of all its hosts' nodes."""
 
-_BEAT_AGE_S = 3.0
+HOST_BEAT_S = 2.0
+"""How often a host says that it is there."""
+
+_BEAT_AGE_S = 2.5 * HOST_BEAT_S
 """A host that was heard of this lately holds its resources."""
 
 _PEER_LOST_GRACE_S = 0.5
@@ -83,6 +86,7 @@ class Coordinator:
         self._interrupt_reason: str | None = None
         self._group_changed = False
         self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
         self._busy: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._reserved: dict[str, int] = {}
@@ -255,10 +259,15 @@ class Coordinator:
         self._host_target = max(1, min(most, held + num_free))
         return self._host_target, held
 
-    def host_beat(self, world_rank: int) -> bool:
-        """A host is there; returns whether it should stay."""
+    def host_beat(self, world_rank: int) -> None:
+        """A host is there."""
         self._beats[world_rank] = monotonic_s()
-        return not self.is_over
+
+    async def wait_for_end(self, timeout_s: float) -> bool:
+        """Wait for the run's end; returns whether it has come."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), timeout_s)
+        return self.is_over
 
     @property
     def _is_training(self) -> bool:
@@ -825,6 +834,7 @@ class Coordinator:
         if self.is_over:
             return
         self.status, self.error = status, error
+        self._ended.set()
         for generation in (self._current, self._next):
             if generation is not None:
                 self._kill(generation)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from eadt.training.checkpoint import Manifest, Shard
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout
+from eadt.units import Quality
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,23 @@ class NodeInfo:
     def unix_s(self, monotonic_s: float) -> float:
         """A time of that node's monotonic clock as wall-clock time."""
         return self.anchor["unix_s"] + monotonic_s - self.anchor["monotonic_s"]
+
+
+@dataclass(frozen=True)
+class NodeReading:
+    """What a node's meter says now.
+
+    Attributes:
+        power_w: Mean power of the training devices over the window that was asked for, in W; unknown:
+            ``None``. Zero on a Ray node whose machine another Ray node measures.
+        quality: How far ``power_w`` can be trusted.
+        energy_j: Energy of all components that this node books, since its agent's start, in J; unknown:
+            ``None``.
+    """
+
+    power_w: float | None
+    quality: Quality
+    energy_j: float | None
 
 
 class NodeClient(Protocol):

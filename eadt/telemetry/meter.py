@@ -28,9 +28,6 @@ Row = dict[str, Any]
 Sink = Callable[[list[Row]], None]
 Group = Literal["devices", "gpu", "cpu", "all"]
 
-# Best first: a sum is only as good as its worst part.
-_WORST_LAST = (Quality.MEASURED, Quality.ESTIMATED, Quality.SIMULATED, Quality.STALE)
-
 # Rows kept for a sink that fails: hours at 1 Hz. Beyond it the oldest are dropped, and that is said.
 _MOST_PENDING_ROWS = 50_000
 
@@ -230,7 +227,7 @@ class Meter:
                 if power_w is None or track.component.quality is None:
                     return None
                 total_w += power_w
-                worst = max(worst, track.component.quality, key=_WORST_LAST.index)
+                worst = Quality.worst([worst, track.component.quality])
         return total_w, worst
 
     def _group(self, group: Group) -> list[_Track]:

@@ -10,16 +10,13 @@ import contextlib
 import os
 from typing import Any
 
-from eadt.clock import SYSTEM_CLOCK
-
-BEAT_S = 1.0
-
 
 def run_host(config: dict[str, Any]) -> None:
     """Ray Train's training function.
 
     Args:
-        config: ``coordinator`` and ``agent_prefix``, names of actors; ``namespace``.
+        config: ``coordinator`` and ``agent_prefix``, names of actors; ``namespace``; ``beat_s``, how often
+            to say that it is there, in s.
     """
     import ray
     import ray.train
@@ -38,10 +35,11 @@ def run_host(config: dict[str, Any]) -> None:
     }
     ray.get(coordinator.register_host.remote(place))
     agent: Any = None
-    while ray.get(coordinator.host_beat.remote(place)):
+    is_wanted = True
+    while is_wanted:
         if agent is None:
             with contextlib.suppress(ValueError):  # it is still starting
                 agent = ray.get_actor(config["agent_prefix"] + node_id, namespace=config["namespace"])
         if agent is not None:
             agent.renew_lease.remote()
-        SYSTEM_CLOCK.sleep(BEAT_S)
+        is_wanted = ray.get(coordinator.host_beat.remote(place["world_rank"], config["beat_s"]))

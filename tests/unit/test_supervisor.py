@@ -12,8 +12,9 @@ from eadt.control.factory import make_control_loop
 from eadt.control.loop import ControlLoop
 from eadt.control.observation import Observation
 from eadt.control.setpoint import Setpoint
+from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
-from eadt.supervisor import EnergySupervisor, PowerReadings, SupervisorSettings
+from eadt.supervisor import EnergySupervisor, SupervisorSettings
 from eadt.testing.clock import FakeClock
 from eadt.units import Quality
 
@@ -100,16 +101,14 @@ class FakeRun:
         throughput = self.physics(self.setpoint)[0]
         return throughput, 0 if throughput is None else 12
 
-    async def power(self, node_ids: Sequence[str], window_s: float) -> PowerReadings:
+    async def readings(self, node_ids: Sequence[str], window_s: float) -> dict[str, NodeReading | None]:
         self.while_reading()
-        readings: PowerReadings = {}
+        readings: dict[str, NodeReading | None] = {}
         for node in node_ids:
             power_w = 0.0 if node in self.unmetered else self.physics(self.setpoint)[1]
-            readings[node] = None if node in self.unreadable else (power_w, self.quality[node])
+            reading = NodeReading(power_w, self.quality[node], self.energy_j[node])
+            readings[node] = None if node in self.unreadable else reading
         return readings
-
-    async def energy(self, node_ids: Sequence[str]) -> dict[str, float | None]:
-        return {node: None if node in self.unreadable else self.energy_j[node] for node in node_ids}
 
     async def apply(self, setpoint: Setpoint, reason: str, decision_id: str | None) -> dict[str, Any]:
         if not self.hears_but_is_silent:
