@@ -25,7 +25,7 @@ from eadt.coordination.coordinator import HOST_BEAT_S
 from eadt.coordination.nodes import NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.node_agent import AgentSettings
+from eadt.node_agent import agent_settings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
 from eadt.units import Quality
@@ -429,23 +429,7 @@ class ClusterRun:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )
             .remote(
-                AgentSettings(
-                    run_id=settings.run_id,
-                    node_id=node_id,
-                    node_ip=node_ip,
-                    num_slots=settings.num_slots,
-                    shared_memory_dir=config.elastic.shared_memory_dir or "/dev/shm",
-                    spill_dir=config.elastic.spill_dir or tempfile.gettempdir(),
-                    storage_path=settings.storage_path,
-                    training=config.training,
-                    seed=config.run.seed,
-                    power=config.power,
-                    training_cores=config.resources.training_cores_per_node,
-                    device=settings.device,
-                    lease_s=config.elastic.lease_s,
-                    run_key=settings.run_key,
-                    preload_model_type=str(config.training.model_config_overrides.get("model_type", "")),
-                ),
+                agent_settings(config, settings, node_id, node_ip),
                 coordinator_name(settings.run_id),
             )
         )

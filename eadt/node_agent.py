@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from typing import Any
 import psutil
 
 from eadt.clock import SYSTEM_CLOCK, anchor, monotonic_s
-from eadt.config import PowerConfig, TrainingConfig
+from eadt.config import PowerConfig, RunConfig, TrainingConfig
 from eadt.coordination.nodes import NodeInfo, NodeReading
+from eadt.coordination.settings import RunSettings
 from eadt.errors import EnvironmentFailure
 from eadt.telemetry.meter import Meter
 from eadt.telemetry.sources import SimulatedGpuSource, detect_sources
@@ -77,6 +79,27 @@ class AgentSettings:
     lease_s: float
     run_key: str
     preload_model_type: str = ""
+
+
+def agent_settings(config: RunConfig, settings: RunSettings, node_id: str, node_ip: str) -> AgentSettings:
+    """The settings of the agent of one node of a run."""
+    return AgentSettings(
+        run_id=settings.run_id,
+        node_id=node_id,
+        node_ip=node_ip,
+        num_slots=settings.num_slots,
+        shared_memory_dir=config.elastic.shared_memory_dir or "/dev/shm",
+        spill_dir=config.elastic.spill_dir or tempfile.gettempdir(),
+        storage_path=settings.storage_path,
+        training=config.training,
+        seed=config.run.seed,
+        power=config.power,
+        training_cores=config.resources.training_cores_per_node,
+        device=settings.device,
+        lease_s=config.elastic.lease_s,
+        run_key=settings.run_key,
+        preload_model_type=str(config.training.model_config_overrides.get("model_type", "")),
+    )
 
 
 EventSink = Callable[[str, str, dict[str, Any]], None]

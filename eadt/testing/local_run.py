@@ -32,7 +32,7 @@ from eadt.coordination.placement import Host
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.node_agent import AgentSettings, NodeAgent
+from eadt.node_agent import AgentSettings, NodeAgent, agent_settings
 from eadt.telemetry.ledger import LedgerContents, LedgerWriter, read_ledger
 from eadt.testing.engine_side import Gates
 from eadt.testing.faults import FaultPlan
@@ -400,27 +400,17 @@ class LocalRun:
             self.coordinator.register_host(host)
 
     def _agent_settings(self, node_id: str, node_ip: str) -> AgentSettings:
-        config, settings, folder = self._config, self._settings, self._config.run_folder
-        values: dict[str, Any] = {
-            "run_id": settings.run_id,
-            "node_id": node_id,
-            "node_ip": node_ip,
-            "num_slots": settings.num_slots,
-            "shared_memory_dir": str(folder / f"memory-{node_id}"),
-            "spill_dir": str(folder / f"spill-{node_id}"),
-            "storage_path": settings.storage_path,
-            "training": config.training,
-            "seed": config.run.seed,
-            "power": config.power,
-            "training_cores": config.resources.training_cores_per_node,
-            "device": settings.device,
-            "lease_s": config.elastic.lease_s,
-            "run_key": settings.run_key,
+        folders = {}
+        for name in ("memory", "spill"):
+            folder = self._config.run_folder / f"{name}-{node_id}"
+            folder.mkdir(parents=True, exist_ok=True)
+            folders[name] = str(folder)
+        return replace(
+            agent_settings(self._config, self._settings, node_id, node_ip),
+            shared_memory_dir=folders["memory"],
+            spill_dir=folders["spill"],
             **self._node_options,
-        }
-        for key in ("shared_memory_dir", "spill_dir"):
-            Path(values[key]).mkdir(parents=True, exist_ok=True)
-        return AgentSettings(**values)
+        )
 
     def _from_agent(self, callback: Callable[..., None], *arguments: Any) -> None:
         """From any of an agent's threads into the coordinator's loop, in the caller's order."""

@@ -50,7 +50,7 @@ def initialize_deepspeed(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    if device.type == "cpu" and "deepspeed_shm_comm" not in config.get("eadt_native_ops", ()):
+    if device.type == "cpu":
         # Else the first engine on a machine compiles it for a minute; gloo does as well here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(

@@ -110,8 +110,12 @@ class SampleOrder:
         return (high << self._low_bits) | low
 
 
-def micro_batches(order: SampleOrder, step: int, rank: int, plan: BatchPlan) -> Iterator[NDArray[np.int64]]:
-    """The samples that a rank takes in one optimizer step, one array ``[micro_batch]`` per forward pass.
+def micro_batches(
+    order: SampleOrder, step: int, rank: int, plan: BatchPlan
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """What a rank takes in one optimizer step, one item per forward pass.
+
+    Each item is the micro-batch's first position in the stream, and its samples ``[micro_batch]``.
 
     Args:
         order: The run's sample order.
@@ -119,4 +123,5 @@ def micro_batches(order: SampleOrder, step: int, rank: int, plan: BatchPlan) -> 
         rank: Rank within the active workers.
         plan: The split in force during this step.
     """
-    yield from order.indices(sample_positions(step, rank, plan))
+    for positions in sample_positions(step, rank, plan):
+        yield positions[0], order.indices(positions)

@@ -32,11 +32,10 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from transformers.initialization import no_init_weights
 
 from eadt.clock import SYSTEM_CLOCK, monotonic_s
-from eadt.control.batch import sample_positions
 from eadt.training.channel import AgentGoneError, EngineChannel
 from eadt.training.deepspeed_setup import deepspeed_config, initialize_deepspeed
 from eadt.training.engine_spec import Action, EngineSpec
-from eadt.training.sampler import SampleOrder
+from eadt.training.sampler import SampleOrder, micro_batches
 from eadt.training.state import SavedState, StateReader, StateSlot
 from eadt.training.zero_state import EngineState
 
@@ -166,11 +165,11 @@ class TrainingSession:
         """
         order = self._orders.setdefault(num_samples, SampleOrder(num_samples, self.spec.job.seed))
         duty = self.spec.share.duty_fraction
-        for positions in sample_positions(self.step, self.rank, self.spec.batch):
+        for position, samples in micro_batches(order, self.step, self.rank, self.spec.batch):
             begun_s = monotonic_s()
             # Dropout and the like depend on the sample, not on who computes it or what came before.
-            torch.manual_seed(hash((self.spec.job.seed, positions[0])) & 0x7FFFFFFF)
-            yield order.indices(np.asarray(positions, dtype=np.int64))
+            torch.manual_seed(hash((self.spec.job.seed, position)) & 0x7FFFFFFF)
+            yield samples
             if duty < 1.0:
                 self._synchronize()
                 SYSTEM_CLOCK.sleep((monotonic_s() - begun_s) * (1.0 / duty - 1.0))

@@ -36,7 +36,7 @@ def test_no_sample_is_lost_or_repeated_under_random_resizes(
         batch = [
             sample
             for rank in range(num_workers)
-            for micro_batch in micro_batches(order, step, rank, plan)
+            for _, micro_batch in micro_batches(order, step, rank, plan)
             for sample in micro_batch
         ]
         assert sorted(batch) == sorted(order.indices(range(24 * step, 24 * step + 24)))
