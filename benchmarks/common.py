@@ -109,8 +109,6 @@ def run_config(workload: Workload, folder: Path, name: str, *, zero_stage: int, 
 @contextlib.contextmanager
 def ray_cluster(num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
     """One local Ray cluster, that every way of the benchmark uses."""
-    # Ray Train's controller looks at its workers this often: EADT's value, and to stock's advantage (2 s).
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     here = str(Path(__file__).parent)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The numbers that are committed, on a machine that does nothing else: about 40 minutes on 2 cores.
+# The numbers that are committed, on a machine that does nothing else: about an hour on 2 cores.
 #   benchmarks/full.sh [resize|overhead|metering|gpu_smoke ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,10 +7,11 @@ python="${PYTHON:-.venv/bin/python}"
 for name in "${@:-metering resize overhead gpu_smoke}"; do
   for script in $name; do
     case "$script" in
-      resize | overhead) full=--full ;;
-      *) full= ;;
+      resize) options=(--other-stages 1,2,3) ;;
+      overhead) options=(--full) ;;
+      *) options=() ;;
     esac
     echo "[$script] $(date +%H:%M:%S)"
-    env -u RAY_ADDRESS "$python" "benchmarks/$script.py" $full --save
+    env -u RAY_ADDRESS "$python" "benchmarks/$script.py" "${options[@]}" --save
   done
 done

@@ -31,6 +31,10 @@ from eadt.training.host import run_host
 from eadt.units import Quality
 
 _WATCH_S = 1.0
+_LOOK_S = 1.0
+_RESTART_LOOK_S = 0.5
+"""How often Ray Train's controller looks at the hosts, in s; only a restart waits for that."""
+
 _RATE_WINDOW_S = 30.0
 _POWER_WINDOW_S = 10.0
 _CALL_TIMEOUT_S = 30.0
@@ -81,7 +85,6 @@ class Cluster:
         """
         if ray.is_initialized():
             return Cluster(started=False)
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         address = cluster_address(config.resources.address)
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
@@ -240,7 +243,7 @@ class ClusterRun:
                 max_workers=self._settings.max_workers,
                 max_host_failures=self._config.elastic.max_host_failures,
                 storage_path=os.path.join(tempfile.gettempdir(), "eadt-ray-train"),
-                worker_env={},
+                look_interval_s=_RESTART_LOOK_S if self._config.elastic.mode == "restart" else _LOOK_S,
             )
         except ray.train.TrainingFailedError as failure:
             error = EnvironmentFailure(

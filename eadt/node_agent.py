@@ -36,8 +36,11 @@ from eadt.training.state_server import StateServer
 from eadt.units import Quality, format_bytes
 
 _LEASE_CHECK_S = 1.0
-_MALLOC_THRESHOLD = str(1 << 32)
-"""Bytes; memory that an engine has freed stays with it, up to this, until it ends with its generation."""
+CPU_ENGINE_ENV = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
+"""Bytes; memory that an engine has freed stays with it, up to this, until it ends with its generation.
+
+Else glibc gives each large tensor back to the kernel and takes it anew, zeroed, in every step.
+"""
 _SHARED_MEMORY_MARGIN_BYTES = 64 << 20
 """Left free in shared memory for everybody else on the node (NCCL, data loaders)."""
 
@@ -209,9 +212,7 @@ class NodeAgent:
         }
         if self._settings.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
-            # Else glibc gives each large tensor back to the kernel and takes it anew, zeroed, in every step.
-            for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-                env[name] = os.environ.get(name, _MALLOC_THRESHOLD)
+            env.update({name: os.environ.get(name, value) for name, value in CPU_ENGINE_ENV.items()})
         return env
 
     def _prepare_data(self, progress: Callable[[str], None]) -> str:

@@ -6,9 +6,10 @@ worker is replaced alone, and which nodes are being drained.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -25,7 +26,6 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from eadt.clock import monotonic_s
 
-_ASK_INTERVAL_S = 0.2
 _ASK_TIMEOUT_S = 10.0
 _SETTLE_S = 1.5
 """How long freed resources may take to be seen before a smaller group is accepted."""
@@ -69,7 +69,6 @@ class SupervisedScalingPolicy(ScalingPolicy):  # type: ignore[misc]
         self._namespace = namespace
         self._max_workers = max_workers
         self._handle: Any = None
-        self._asked_at_s = float("-inf")
         self._wanted_since_s: float | None = None
         self._group_is_up = False
         self._target = max_workers
@@ -108,8 +107,6 @@ class SupervisedScalingPolicy(ScalingPolicy):  # type: ignore[misc]
         """A group runs: resize it when another size is asked for and possible."""
         del worker_group_status
         self._maybe_send_resource_request()
-        if monotonic_s() - self._asked_at_s < _ASK_INTERVAL_S:
-            return NoopDecision()
         present = worker_group_state.num_workers
         target, _ = self._ask(present)
         if target is None or target == present:
@@ -124,7 +121,6 @@ class SupervisedScalingPolicy(ScalingPolicy):  # type: ignore[misc]
 
     def _ask(self, present: int | None = None) -> tuple[int | None, int]:
         """The wanted group size and how many of its hosts are alive now; ``None`` while unknown."""
-        self._asked_at_s = monotonic_s()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         try:
             if self._handle is None:
@@ -185,14 +181,23 @@ def run_host_group(
     max_workers: int,
     max_host_failures: int,
     storage_path: str,
-    worker_env: dict[str, str],
+    look_interval_s: float,
 ) -> None:
     """Run hosts until they all return. Blocks.
+
+    Args:
+        host_function: What a host does.
+        host_config: Its argument; ``coordinator`` and ``namespace`` name the coordinator's actor.
+        name: Ray Train's name of the run.
+        resources_per_worker: Ray's resources for each host.
+        max_workers: Most hosts there will ever be.
+        max_host_failures: Lost hosts that are replaced before the run is given up.
+        storage_path: Where Ray Train keeps its own files.
+        look_interval_s: How often the controller looks at the hosts and asks for the group's size, in s.
 
     Raises:
         ray.train.TrainingFailedError: Hosts failed more often than allowed.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     coordinator, namespace = host_config["coordinator"], host_config["namespace"]
     trainer = HostGroupTrainer(
         host_function,
@@ -207,11 +212,24 @@ def run_host_group(
             name=name,
             storage_path=storage_path,
             failure_config=FailureConfig(max_failures=max_host_failures),
-            worker_runtime_env={"env_vars": worker_env},
         ),
         make_policy=lambda scaling: SupervisedScalingPolicy(scaling, coordinator, namespace, max_workers),
     )
-    trainer.fit()
+    with _environment_default("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(look_interval_s)):
+        trainer.fit()
+
+
+@contextlib.contextmanager
+def _environment_default(name: str, value: str) -> Iterator[None]:
+    """Within it the environment has this value, unless the user gave another one."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def draining_nodes() -> dict[str, float | None]:

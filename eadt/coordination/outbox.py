@@ -11,7 +11,7 @@ from eadt.clock import monotonic_s
 Item = tuple[Any, ...]
 """An engine's event (engine_id, kind, values), or a ledger row alone."""
 
-_PACE_S = 0.25
+_PACE_S = 0.5
 _NOT_URGENT = frozenset({"step", "phase"})
 """Events that are only written down. Each delivery costs both sides about a millisecond of CPU time."""
 
