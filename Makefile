@@ -1,7 +1,7 @@
 # make demo    trains a small language model on this machine and adapts it to its power (about 4 minutes)
 # make test    style, types, layers and tests
 # make lint    style, types and layers only
-# make bench   the benchmarks; results go to benchmarks/results/
+# make bench   the benchmarks, about 40 minutes on a quiet machine; results go to benchmarks/results/
 # make docs    what is made from the code: docs/configuration.md
 # make clean   removes what tools left behind; 'make clean-all' also the environment and the runs
 #
@@ -17,6 +17,7 @@ BIN := .venv/bin
 CLEAN_ENV := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX -u PIP_TARGET -u PIP_PREFIX PIP_USER=0
 NO_CLUSTER := env -u RAY_ADDRESS -u PYTHONPATH -u PYTHONHOME
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help environment demo test lint bench docs clean clean-all
 
@@ -44,11 +45,9 @@ test: lint
 	@$(NO_CLUSTER) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: environment
-	@mkdir -p benchmarks/results
 	@for name in metering overhead resize; do \
-	  script="benchmarks/$$name.py"; \
-	  echo "[bench] $$script, results to benchmarks/results/$$name.json"; \
-	  $(NO_CLUSTER) $(BIN)/python "$$script"; \
+	  echo "[bench] benchmarks/$$name.py, to benchmarks/results/$$name.json"; \
+	  $(NO_CLUSTER) $(BIN)/python "benchmarks/$$name.py" --save $(BENCH_ARGS); \
 	done
 
 docs: environment

@@ -374,8 +374,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--full", action="store_true", help="what is committed: 3 runs, with snapshots too")
-    parser.add_argument("--runs", type=int, help="fresh starts of all sides (default 1)")
+    parser.add_argument("--full", action="store_true", help="snapshots every 50 steps too")
+    parser.add_argument("--runs", type=int, default=3, help="fresh starts of all sides (default 3)")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of turns in each run (default 12)")
     parser.add_argument("--turn-s", type=float, default=3.0, help="seconds of a turn (default 3)")
     parser.add_argument("--size", choices=WORKLOADS, default="3M", help="model (default 3M)")
@@ -387,19 +387,19 @@ def main() -> None:
     if arguments.side:
         run_side(arguments.side, arguments.size, arguments.stage, arguments.folder)
         return
-    num_runs = arguments.runs or (3 if arguments.full else 1)
-    num_rounds = arguments.rounds
     names = [*SIDES, SNAPSHOTS] if arguments.full else [*SIDES]
     machine, begun_s = hardware(), time.perf_counter()
-    found = measure(names, arguments.size, arguments.stage, num_runs, num_rounds, arguments.turn_s)
+    found = measure(
+        names, arguments.size, arguments.stage, arguments.runs, arguments.rounds, arguments.turn_s
+    )
     result = {
         "benchmark": "overhead",
         "config": {
             "workload": vars(WORKLOADS[arguments.size]),
             "zero_stage": arguments.stage,
             "num_workers": _NUM_WORKERS,
-            "runs": num_runs,
-            "rounds": num_rounds,
+            "runs": arguments.runs,
+            "rounds": arguments.rounds,
             "turn_s": arguments.turn_s,
             "energy_monitoring_interval_s": 6,
             "decision_interval_s": 30,

@@ -246,6 +246,7 @@ class NodeAgentActor:
 
     async def start(self) -> None:
         """Start everything on this node and join the run."""
+        self._outbox.start()
         info = await asyncio.to_thread(self._agent.start, lambda _: None)
         me = ray.get_runtime_context().current_actor
         await self._coordinator.add_node.remote(info, me)

@@ -21,7 +21,7 @@ from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.adapters.ray_train import draining_nodes, run_host_group
 from eadt.clock import monotonic_s
 from eadt.config import RunConfig
-from eadt.coordination.coordinator import HOST_BEAT_S
+from eadt.coordination.hosts import HOST_BEAT_S
 from eadt.coordination.nodes import NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure

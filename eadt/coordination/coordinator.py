@@ -14,22 +14,20 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Collection, Coroutine
-from dataclasses import replace
 from typing import Any
 
-from eadt.clock import monotonic_s, unix_s
+from eadt.clock import unix_s
 from eadt.control.batch import feasible_worker_counts, plan_batch
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.generation import Generation, Phase
+from eadt.coordination.hosts import HostTable
 from eadt.coordination.nodes import NodeClient, NodeInfo
 from eadt.coordination.placement import Host, Placement, place
 from eadt.coordination.recorder import Change, Recorder
 from eadt.coordination.settings import RunSettings
-from eadt.coordination.slots import SlotTable
 from eadt.coordination.specs import engine_bytes, make_specs
+from eadt.coordination.state_keeper import StateKeeper
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
-from eadt.training.checkpoint import CheckpointStore, Kind, Manifest, new_attempt
-from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, span_elements
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +35,6 @@ _TICK_S = 0.25
 _PING_TIMEOUT_S = 3.0
 _FIRST_NODES_S = 120.0
 """How long a run waits at its start for the agents of all its hosts' nodes."""
-
-HOST_BEAT_S = 2.0
-"""How often a host says that it is there."""
-
-_BEAT_AGE_S = 2.5 * HOST_BEAT_S
-"""A host that was heard of this lately holds its resources."""
 
 _PEER_LOST_GRACE_S = 0.5
 """How long to wait for the cause, when an engine only knows that another one has gone."""
@@ -60,8 +52,7 @@ class Coordinator:
         self.num_params: int | None = None
         self._nodes: dict[str, tuple[NodeInfo, NodeClient]] = {}
         self._draining: dict[str, float | None] = {}
-        self._hosts: dict[int, Host] = {}
-        self._beats: dict[int, float] = {}
+        self._hosts = HostTable()
         self._num_recovering = 0
         self._host_target: int | None = None
         self._desired = settings.setpoint
@@ -71,25 +62,17 @@ class Coordinator:
         self._current: Generation | None = None
         self._next: Generation | None = None
         self._number = 0
-        self._slots = SlotTable(settings.num_slots)
-        self._granted: set[int] = set()
-        self._newest: SavedState | None = None
-        self._newest_slot: int | None = None
-        self._store = CheckpointStore(settings.storage_path)
-        self._manifest: Manifest | None = None
-        self._checkpoint_step = 0
+        self._state = StateKeeper(settings, recorder, self._nodes, self._on_granted)
         self._ahead_failed: Setpoint | None = None
         self._proven: Setpoint | None = None
         self._num_failures = 0
         self._failed_at_step = -1
         self._last_step = (0, 0.0)
         self._interrupt_reason: str | None = None
-        self._group_changed = False
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._busy: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reserved: dict[str, int] = {}
         self._feasible = feasible_worker_counts(
             settings.train_batch_size, settings.max_micro_batch, settings.min_workers, settings.max_workers
         )
@@ -118,13 +101,8 @@ class Coordinator:
     async def _start(self) -> None:
         event = "started"
         if self.settings.resume:
-            manifest, rejected = await asyncio.to_thread(self._store.newest_valid, None)
-            for rejection in rejected:
-                self.recorder.note(
-                    "EADT-256", f"checkpoint of step {rejection.step} passed over: {rejection.reason}"
-                )
-            self._manifest = manifest
-            event = "started" if manifest is None else "resumed"
+            await self._state.find_checkpoint()
+            event = "resumed" if self._state.has_checkpoint else "started"
         self.recorder.book(
             {
                 "type": "run",
@@ -134,7 +112,7 @@ class Coordinator:
                 "name": self.settings.name,
                 "train_batch_size": self.settings.train_batch_size,
                 "sequence_length": self.settings.job.training.sequence_length,
-                "resumed_step": self._manifest.step if self._manifest else 0,
+                "resumed_step": self._state.resumed_step,
                 **self.settings.run_row,
             }
         )
@@ -200,21 +178,18 @@ class Coordinator:
 
     def _wanted_placement(self) -> Placement | None:
         """Where engines should run now; ``None`` while that cannot be said, or none should."""
-        if self._desired.paused or not self._hosts:
+        if self._desired.paused or not self._hosts.is_complete:
             return None
-        group_size = next(iter(self._hosts.values())).group_size
-        if len(self._hosts) < group_size:
-            return None  # a new worker group is still assembling
         hosts_follow_workers = self.settings.mode in ("group", "restart")
         if self._host_target is None:
             if hosts_follow_workers:
                 return None  # Ray Train has not asked yet how many hosts this setpoint wants
-        elif group_size != self._host_target and (hosts_follow_workers or self._is_training):
+        elif self._hosts.group_size != self._host_target and (hosts_follow_workers or self._is_training):
             return None  # Ray Train is about to resize the worker group; a recovery does not wait for it
-        gone = {host.node_id for host in self._hosts.values()} - set(self._nodes)
+        gone = self._hosts.node_ids - set(self._nodes)
         if gone and self._current is None and self.recorder.at_s < _FIRST_NODES_S:
             return None  # better to begin with all nodes than to resize at once
-        placement = place(self._hosts.values(), self._desired, self._feasible, gone | set(self._draining))
+        placement = place(self._hosts.hosts, self._desired, self._feasible, gone | set(self._draining))
         return placement if placement.num_workers else None
 
     def _must_leave(self, current: Generation) -> bool:
@@ -244,13 +219,7 @@ class Coordinator:
         """
         held = present
         if held is None:
-            now = monotonic_s()
-            held = sum(
-                host.node_id in alive_nodes
-                and host.node_id in self._nodes
-                and (group_is_up or now - self._beats.get(rank, 0.0) < _BEAT_AGE_S)
-                for rank, host in self._hosts.items()
-            )
+            held = self._hosts.num_holding(set(alive_nodes) & set(self._nodes), group_is_up=group_is_up)
         most = self.settings.max_workers
         if self.settings.mode in ("group", "restart"):
             most = self._desired.num_workers
@@ -261,7 +230,7 @@ class Coordinator:
 
     def host_beat(self, world_rank: int) -> None:
         """A host is there."""
-        self._beats[world_rank] = monotonic_s()
+        self._hosts.beat(world_rank)
 
     async def wait_for_end(self, timeout_s: float) -> bool:
         """Wait for the run's end; returns whether it has come."""
@@ -277,10 +246,12 @@ class Coordinator:
 
     async def _begin(self, placement: Placement) -> None:
         """Build a generation while none trains, from the newest state that is complete."""
-        self._drop_lost_state()
-        if self._newest is None and self._manifest is not None:
-            await self._restore(placement, self._manifest)
-        self._fork(placement, resume=self._newest is not None)
+        self._state.drop_lost()
+        if self._state.newest is None and self._state.has_checkpoint:
+            await self._state.restore(placement.node_ids)
+            step = max(self._last_step[0], self._state.resumed_step)
+            self._last_step = (step, self._last_step[1] or unix_s())
+        self._fork(placement, resume=self._state.newest is not None)
 
     async def _begin_ahead(self, current: Generation, placement: Placement) -> None:
         """Build the next generation beside the one that trains, where memory allows."""
@@ -345,16 +316,13 @@ class Coordinator:
     # -- changing over ------------------------------------------------------------------------------
 
     def _ask_stop(self, current: Generation) -> None:
-        if not self._granted:
-            if self._slots.num_slots > 1 or self._newest is None:
-                return  # a checkpoint is being written from it: soon
-            self._forget_newest()
-        current.phase = Phase.STOPPING
-        self._tell(current, "stop", ranks={0})
+        if self._state.can_save():
+            current.phase = Phase.STOPPING
+            self._tell(current, "stop", ranks={0})
 
     async def _go(self, generation: Generation) -> None:
         """Let a generation that is ready take the newest state and train."""
-        saved = self._newest
+        saved = self._state.newest
         if saved is None and generation.specs[0].resume:
             self._discard(generation)  # it was built for a state that has been lost since
             return
@@ -365,47 +333,25 @@ class Coordinator:
                 means="going on would throw that state away",
                 fix="give this run another run.name, or start it anew with --fresh",
             )
-        await self._reserve(generation)
-        if self._newest_slot is not None:
-            self._slots.hold(self._newest_slot, "loading")
-        self._granted = set(self._slots.free())
+        await self._state.reserve(generation)
+        slots = self._state.begin_loading()
         generation.phase = Phase.LOADING
         previous = self._current
         self._current, self._next = generation, None
-        self._tell(generation, "go", saved, tuple(sorted(self._granted)))
+        self._tell(generation, "go", saved, slots)
         self._open_change(previous, generation)
         taking_part = set(generation.placement.node_ids)
         for node_id, (_, client) in self._nodes.items():
             if node_id not in taking_part:
                 client.set_phase("idle")
 
-    async def _reserve(self, generation: Generation) -> None:
-        """See to it that each node has room for what its ranks will save."""
-        for node_id in generation.placement.node_ids:
-            spans = merge_spans(
-                span
-                for spec in generation.specs
-                if spec.node_id == node_id
-                for span in generation.ready[spec.rank]["spans"]
-            )
-            num_bytes = (
-                span_elements(spans) * len(generation.layout.rows) * ITEM_BYTES * self._slots.num_slots
-            )
-            if num_bytes > self._reserved.get(node_id, 0):
-                note = await self._nodes[node_id][1].reserve(num_bytes - self._reserved.get(node_id, 0))
-                self._reserved[node_id] = num_bytes
-                if note:
-                    self.recorder.note("EADT-335", note)
-
     def _open_change(self, previous: Generation | None, generation: Generation) -> None:
         if previous is None:
             return
         step, ended_unix_s = self._last_step
-        resumed = self._newest.step if self._newest is not None else 0
-        kind = (
-            "restart" if self.settings.mode == "restart" else "group" if self._group_changed else "in_place"
-        )
-        self._group_changed = False
+        resumed = self._state.newest.step if self._state.newest is not None else 0
+        group_changed = self._hosts.take_group_change()
+        kind = "restart" if self.settings.mode == "restart" else "group" if group_changed else "in_place"
         parts: dict[str, float] = {}
         for save in previous.saves.get(resumed, {}).values():
             parts["save_s"] = max(parts.get("save_s", 0.0), save["seconds"])
@@ -433,8 +379,7 @@ class Coordinator:
         change = self.recorder.change
         if change is not None:
             change.parts["load_s"] = max(event["timings"]["load_s"] for event in generation.loaded.values())
-        for freed in self._slots.release("loading"):
-            self._grant(freed)
+        self._state.end_loading()
         self.recorder.book(
             {
                 "type": "generation",
@@ -451,22 +396,14 @@ class Coordinator:
             }
         )
 
-    def _grant(self, slot: int) -> None:
+    def _on_granted(self, slot: int) -> None:
         current = self._current
-        if slot in self._slots.free() and slot not in self._granted:
-            self._granted.add(slot)
-            if current is not None and current.is_alive:
-                self._tell(current, "free", slot, ranks={0})
-
-    def _forget_newest(self) -> None:
-        self._newest, self._newest_slot = None, None
-        for freed in self._slots.release("newest"):
-            self._grant(freed)
+        if current is not None and current.is_alive:
+            self._tell(current, "free", slot, ranks={0})
 
     def _on_saved(self, generation: Generation, values: dict[str, Any]) -> None:
         slot: int = values["slot"]
-        self._granted.discard(slot)
-        self._slots.hold(slot, "saving")
+        self._state.saving(slot)
         state = generation.saved_state(
             values["step"],
             slot,
@@ -475,13 +412,7 @@ class Coordinator:
         )
         if state is None:
             return
-        self._slots.hold(slot, "newest-next")
-        self._slots.release("saving")
-        for freed in self._slots.release("newest"):
-            self._grant(freed)
-        self._slots.hold(slot, "newest")
-        self._slots.release("newest-next")
-        self._newest, self._newest_slot = state, slot
+        self._state.saved(state, slot)
         generation.saves = {state.step: generation.saves[state.step]}
         if values["stopped"]:
             generation.phase = Phase.STOPPED
@@ -495,8 +426,8 @@ class Coordinator:
                 self._tell(generation, "exit")
                 if self.settings.mode == "restart":
                     self._busy = self._spawn(self._restart_from_storage())
-        elif self._is_checkpoint_due():
-            self._spawn(self._persist("periodic"))
+        elif self._state.is_checkpoint_due(self._last_step[0]):
+            self._spawn(self._state.persist("periodic"))
 
     def _end_generation(self, generation: Generation) -> None:
         self.recorder.book(
@@ -507,6 +438,11 @@ class Coordinator:
                 "step": self._last_step[0],
             }
         )
+
+    async def _restart_from_storage(self) -> None:
+        """Restart mode: the state goes through a checkpoint, and memory is given back."""
+        self._host_target = None
+        await self._state.move_to_storage()
 
     # -- events from engines --------------------------------------------------------------------------
 
@@ -564,7 +500,7 @@ class Coordinator:
                 self._num_failures = 0
             if self._is_wanted(generation):
                 self._proven = self._desired
-            if self._is_checkpoint_due() and generation.phase is Phase.TRAINING:
+            if self._state.is_checkpoint_due(values["step"]) and generation.phase is Phase.TRAINING:
                 self._tell(generation, "save", ranks={0})
 
     def _engine_validation(
@@ -583,8 +519,7 @@ class Coordinator:
     ) -> None:
         """The last step is done, and there is no room for its state."""
         del generation, rank, node_id, values
-        if self._slots.num_slots == 1:
-            self._forget_newest()  # else a checkpoint is being written: its end frees the other one
+        self._state.make_room()
 
     def _engine_exported(
         self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
@@ -601,7 +536,7 @@ class Coordinator:
         text = f"engines on node {node_id[:8]} had no host for {values['lease_s']:.0f} s and were ended"
         self.recorder.book({"type": "fault", "kind": "lease_expired", "node": node_id, "detail": text,
                             "at_s": self.recorder.at_s})  # fmt: skip
-        self._hosts = {}
+        self._hosts.clear()
         if generation.phase is Phase.TRAINING:
             self._ask_stop(generation)
 
@@ -656,15 +591,12 @@ class Coordinator:
             elif not self._go_back(generation, error):
                 self._count_failure(error, log_tail)
             return
-        self._slots.release("saving")  # a state that some rank will never complete
-        self._granted = set(self._slots.free())
-        self._drop_lost_state()
-        resumed = self._newest.step if self._newest else (self._manifest.step if self._manifest else 0)
+        self._state.engines_failed()
         self.recorder.book(
             {
                 "type": "rollback",
                 "generation": generation.number,
-                "resumed_step": resumed,
+                "resumed_step": self._state.resumed_step,
                 "reason": error["text"],
             }
         )
@@ -723,99 +655,14 @@ class Coordinator:
 
         await asyncio.gather(*(check(node_id, client) for node_id, (_, client) in list(self._nodes.items())))
 
-    def _drop_lost_state(self) -> None:
-        """Forget the newest state if a node that holds a part of it has gone."""
-        if self._newest is not None and any(part.node_id not in self._nodes for part in self._newest.parts):
-            self._forget_newest()
-
-    # -- checkpoints ------------------------------------------------------------------------------
-
-    def _is_checkpoint_due(self) -> bool:
-        every = self.settings.checkpoint_every_steps
-        return every is not None and self._last_step[0] - self._checkpoint_step >= every
-
-    async def _persist(self, kind: Kind) -> None:
-        """Make the newest state durable, while training goes on."""
-        state, slot = self._newest, self._newest_slot
-        if state is None or slot is None:
-            return
-        self._checkpoint_step = state.step
-        reason = f"persist-{state.step}"
-        self._slots.hold(slot, reason)
-        begun_s = unix_s()
-        try:
-            attempt = new_attempt()
-            shards = await asyncio.gather(
-                *(
-                    self._nodes[part.node_id][1].write_shard(
-                        state.step, index, slot, state.layout, part.spans, attempt
-                    )
-                    for index, part in enumerate(state.parts)
-                )
-            )
-            info = await asyncio.to_thread(
-                self._store.publish, state.step, state.layout, state.meta, list(shards), kind,
-                {"run_id": self.settings.run_id, "train_batch_size": self.settings.train_batch_size},
-            )  # fmt: skip
-            await asyncio.to_thread(self._store.prune, self.settings.keep_checkpoints, [attempt])
-            manifest, _ = await asyncio.to_thread(self._store.newest_valid, None, deep=False)
-            self._manifest = manifest
-        except (EadtError, OSError, KeyError) as error:
-            self.recorder.note(
-                "EADT-255", f"the checkpoint of step {state.step} could not be written: {error}"
-            )
-            return
-        finally:
-            for freed in self._slots.release(reason):
-                self._grant(freed)
-        self.recorder.book(
-            {
-                "type": "checkpoint",
-                "step": state.step,
-                "path": info.path,
-                "seconds": unix_s() - begun_s,
-                "num_bytes": info.num_bytes,
-                "kind": kind,
-            }
-        )
-
-    async def _restore(self, placement: Placement, manifest: Manifest) -> None:
-        """Read a checkpoint into the nodes' slots; each node reads its share of the shards."""
-        slot = self._slots.free()[0]
-        node_ids = placement.node_ids
-        numbers = range(len(manifest.shards))
-        wanted = {node_id: list(numbers)[index :: len(node_ids)] for index, node_id in enumerate(node_ids)}
-        spans = await asyncio.gather(
-            *(self._nodes[node_id][1].restore(manifest, shards, slot) for node_id, shards in wanted.items())
-        )
-        parts = tuple(
-            StatePart(
-                node_id, self._nodes[node_id][0].slot_paths[slot], self._nodes[node_id][0].state_address,
-                tuple(found),
-            )
-            for node_id, found in zip(node_ids, spans, strict=True)
-        )  # fmt: skip
-        self._newest = SavedState(manifest.step, manifest.meta, manifest.layout, parts)
-        self._newest_slot = slot
-        self._slots.hold(slot, "newest")
-        self._checkpoint_step = manifest.step
-        self._last_step = (max(self._last_step[0], manifest.step), self._last_step[1] or unix_s())
-
-    async def _restart_from_storage(self) -> None:
-        """Restart mode: the state goes through a checkpoint, and memory is given back."""
-        self._host_target = None
-        await self._persist("just_in_time")
-        if self._manifest is not None and self._newest and self._manifest.step == self._newest.step:
-            self._forget_newest()
-
     # -- the end ----------------------------------------------------------------------------------
 
     async def _conclude_completed(self, generation: Generation) -> None:
         self.status = "saving"
-        await self._persist("final")
+        await self._state.persist("final")
         path = self.settings.job.final_model_path
-        if path and self.settings.save_final_model and self._newest is not None:
-            self._tell(generation, "export", self._newest, path, ranks={0})
+        if path and self.settings.save_final_model and self._state.newest is not None:
+            self._tell(generation, "export", self._state.newest, path, ranks={0})
             while 0 not in generation.ended:
                 await asyncio.sleep(0.05)
             if self.final_model_path is None:
@@ -826,8 +673,7 @@ class Coordinator:
 
     async def _conclude_interrupted(self) -> None:
         self.status = "saving"
-        if self._newest is not None and self._newest.step > self._checkpoint_step:
-            await self._persist("just_in_time")
+        await self._state.persist_unsaved()
         self._conclude("interrupted")
 
     def _conclude(self, status: str, error: EadtError | None = None) -> None:
@@ -869,11 +715,7 @@ class Coordinator:
 
     def register_host(self, host: Host) -> None:
         """A host has come; hosts of an earlier worker group are forgotten."""
-        before = self._hosts
-        kept = {rank: other for rank, other in before.items() if other.group_size == host.group_size}
-        if before and not kept:
-            self._group_changed = True
-        self._hosts = {**kept, host.world_rank: host}
+        self._hosts.register(host)
         self._wake.set()
 
     def add_node(self, info: NodeInfo, client: NodeClient) -> None:
@@ -891,7 +733,7 @@ class Coordinator:
                 "num_cores": info.num_cores,
             }
         )
-        self._reserved.pop(info.node_id, None)
+        self._state.node_came(info.node_id)
         self._elect_meters()
         self._wake.set()
 
@@ -907,11 +749,7 @@ class Coordinator:
         """A node has gone, with its engines, its hosts and its part of the state."""
         if self._nodes.pop(node_id, None) is None:
             return
-        self._hosts = {rank: host for rank, host in self._hosts.items() if host.node_id != node_id}
-        self._hosts = {
-            rank: replace(host, world_rank=rank, group_size=len(self._hosts))
-            for rank, host in enumerate(self._hosts.values())
-        }
+        self._hosts.lose_node(node_id)
         self.recorder.book({"type": "fault", "kind": "node_lost", "node": node_id, "detail": why,
                             "at_s": self.recorder.at_s})  # fmt: skip
         for generation in (self._current, self._next):
@@ -995,7 +833,7 @@ class Coordinator:
             "desired": self._desired,
             "num_devices": current.placement.num_devices if current else 0,
             "node_ids": current.placement.node_ids if current else [],
-            "hosts": [host.__dict__ for host in self._hosts.values()],
+            "hosts": [host.__dict__ for host in self._hosts.hosts],
             "num_nodes": len(self._nodes),
             "began_unix_s": self.recorder.began_unix_s,
             "waiting_for": self._waiting_for(),
@@ -1014,7 +852,7 @@ class Coordinator:
             return "paused"
         if not self._nodes:
             return "the node agents to start"
-        if not self._hosts:
+        if not self._hosts.hosts:
             return "Ray Train to start the hosts"
         if self._next is not None and self._next.phase is Phase.BUILDING:
             return "the engines to build the model"

@@ -32,6 +32,9 @@ class Outbox:
         self._is_urgent = False
         self._is_delivering = False
         self._delivered_at_s = float("-inf")
+
+    def start(self) -> None:
+        """Begin to deliver; the thread ends with the process."""
         threading.Thread(target=self._run, name="eadt-outbox", daemon=True).start()
 
     def put(self, item: Item) -> None:

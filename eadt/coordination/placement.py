@@ -79,10 +79,6 @@ class Placement:
         """Whether two ranks run on one device."""
         return any(seat.index_on_device for seat in self.seats)
 
-    def same_places(self, other: Placement) -> bool:
-        """Whether the ranks sit on the same devices, whatever Ray calls their hosts."""
-        return [seat.host.device for seat in self.seats] == [seat.host.device for seat in other.seats]
-
 
 def place(
     hosts: Iterable[Host], setpoint: Setpoint, feasible: Collection[int], excluded_nodes: Collection[str] = ()

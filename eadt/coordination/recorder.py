@@ -112,10 +112,6 @@ class Recorder:
         """The change that is under way or being timed."""
         return self._change
 
-    def drop_change(self) -> None:
-        """The change under way came to nothing."""
-        self._change = None
-
     def close_change(self) -> Change | None:
         """Book the open change, if its first step was seen. Returns it."""
         change, self._change = self._change, None

@@ -90,15 +90,6 @@ class FakeNvml:
         """Make ``function`` raise NVML error ``code``, for one GPU or all, ``times`` times or for good."""
         self._faults.setdefault(function, []).append(_Fault(code, index, times))
 
-    def heal(self, function: str) -> None:
-        """Take all faults of ``function`` away."""
-        self._faults.pop(function, None)
-
-    def set_power_w(self, index: int, power_w: float) -> None:
-        """Change a GPU's draw from now on."""
-        self._integrate()
-        self.gpus[index].power_w = power_w
-
     def _integrate(self) -> None:
         now_s = self.clock.monotonic_s()
         for gpu in self.gpus:

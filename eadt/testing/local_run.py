@@ -310,7 +310,7 @@ class LocalRun:
             async with asyncio.timeout(timeout_s):
                 await self._start_nodes()
                 serving = asyncio.create_task(self._serve_gates())
-                beating = asyncio.create_task(self._beat())
+                others = [asyncio.create_task(self._beat()), asyncio.create_task(self._control_group())]
                 await self.coordinator.run()
         except TimeoutError:
             raise TimeoutError(f"the run did not end: {self.coordinator.snapshot()}") from None
@@ -322,7 +322,8 @@ class LocalRun:
             recorder.close()
         served = serving.done()
         serving.cancel()
-        beating.cancel()
+        for task in others:
+            task.cancel()
         if served:
             serving.result()
         elif self.coordinator.status == "completed":
@@ -380,12 +381,8 @@ class LocalRun:
         return run_settings(self._config, f"{self._config.run.name}-{secrets.token_hex(3)}", devices, None)
 
     async def _start_nodes(self) -> None:
-        rank, size = 0, sum(self._hosts_per_node)
-        hosts = []
-        for number, num_hosts in enumerate(self._hosts_per_node):
+        for number in range(len(self._hosts_per_node)):
             node_id = f"node{number}"
-            hosts += [Host(rank + index, size, node_id) for index in range(num_hosts)]
-            rank += num_hosts
             agent = NodeAgent(
                 self._agent_settings(node_id, f"127.0.0.{number + 1}"),
                 partial(self._from_agent, self._engine_event, node_id),
@@ -396,21 +393,31 @@ class LocalRun:
             self._clients[node_id] = LocalNodeClient(agent, self._specs.extend, self.commands.append)
             self._infos[node_id] = await asyncio.to_thread(agent.start, lambda _: None)
             self.coordinator.add_node(self._infos[node_id], self._clients[node_id])
-        for host in hosts:
-            self.coordinator.register_host(host)
+
+    async def _control_group(self) -> None:
+        """What Ray Train's controller does: give the worker group the size that the coordinator asks for."""
+        places = [f"node{number}" for number, count in enumerate(self._hosts_per_node) for _ in range(count)]
+        present = 0
+        while True:
+            target = len(places)
+            if self._settings.mode in ("group", "restart"):
+                target, _ = self.coordinator.host_target(
+                    self.node_ids, len(places) - present, present or None, group_is_up=present > 0
+                )
+            if target != present:
+                present = target
+                for rank, node_id in enumerate(places[:present]):
+                    self.coordinator.register_host(Host(rank, present, node_id))
+            await asyncio.sleep(_LOOK_S)
 
     def _agent_settings(self, node_id: str, node_ip: str) -> AgentSettings:
         folders = {}
-        for name in ("memory", "spill"):
+        for name, key in (("memory", "shared_memory_dir"), ("spill", "spill_dir")):
             folder = self._config.run_folder / f"{name}-{node_id}"
             folder.mkdir(parents=True, exist_ok=True)
-            folders[name] = str(folder)
-        return replace(
-            agent_settings(self._config, self._settings, node_id, node_ip),
-            shared_memory_dir=folders["memory"],
-            spill_dir=folders["spill"],
-            **self._node_options,
-        )
+            folders[key] = str(folder)
+        settings = agent_settings(self._config, self._settings, node_id, node_ip)
+        return replace(settings, **(folders | self._node_options))
 
     def _from_agent(self, callback: Callable[..., None], *arguments: Any) -> None:
         """From any of an agent's threads into the coordinator's loop, in the caller's order."""

@@ -25,6 +25,9 @@ class EngineChannel:
         self._arrived = threading.Condition()
         self._open = True
         self._sending = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to receive; the thread ends with the line."""
         threading.Thread(target=self._receive, name="eadt-commands", daemon=True).start()
 
     @property

@@ -35,6 +35,7 @@ def run_engine(spec: EngineSpec, connection: Connection) -> int:
         Exit status: 0, or 1 after an error that was reported to the agent.
     """
     channel = EngineChannel(connection)
+    channel.start()
     channel.send("hello", engine_id=spec.engine_id, pid=os.getpid())
     try:
         _take_place(spec)
@@ -93,10 +94,7 @@ def _cause(error: BaseException) -> str:
         return "out_of_memory"
     if isinstance(error, EadtError):
         return "user" if isinstance(error, ConfigError) else "environment"
-    if isinstance(error, RuntimeError | dist.DistError) and any(
-        sign in str(error)
-        for sign in ("Connection closed", "Connection reset", "gloo", "NCCL", "Broken pipe")
-    ):
+    if isinstance(error, RuntimeError | dist.DistError) and any(sign in str(error) for sign in _PEER_LOST):
         return "peer_lost"
     return "error"
 

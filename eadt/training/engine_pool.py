@@ -86,11 +86,6 @@ class EnginePool:
             fix="its log ends with: " + self.log_tail("fork-server"),
         )
 
-    @property
-    def is_warm(self) -> bool:
-        """Whether engines can be forked at once."""
-        return self._fork_server_up.is_set()
-
     def fork(self, spec: EngineSpec) -> None:
         """Start an engine; its events follow. Returns at once."""
         with self._lock:

@@ -7,7 +7,6 @@ models are built on the CPU in fp32, or on the meta device.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import shutil
 import uuid
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.training.hub import load_by_name, quiet_transformers
@@ -82,20 +80,6 @@ def build_model(
         # The non-reentrant kind gives the same losses under ZeRO-3 (tried with DeepSpeed 0.19.8).
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen weights; tied ones count once, ZeRO-3 partitions whole."""
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters())
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Hash over the names and shapes of all parameters: by it a checkpoint of another model is refused.
-
-    The same for a meta model, for one with values, and under ZeRO-3.
-    """
-    shapes = sorted((name, list(getattr(p, "ds_shape", p.shape))) for name, p in model.named_parameters())
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:24]
 
 
 def save_hf_folder(

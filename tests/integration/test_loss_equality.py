@@ -31,11 +31,11 @@ WALK = [(3, 1), (6, 2), (9, 3), (12, 2)]
 WALKED = [2] * 4 + [1] * 3 + [2] * 3 + [3] * 3 + [2] * 5
 
 
-def assert_walked(result: LocalResult) -> None:
+def assert_walked(result: LocalResult, kind: str = "in_place") -> None:
     assert list(result.world_sizes.values()) == WALKED
     resizes = result.rows("resize")
     assert [(row["from_workers"], row["to_workers"]) for row in resizes] == [(2, 1), (1, 2), (2, 3), (3, 2)]
-    assert {row["kind"] for row in resizes} == {"in_place"}
+    assert {row["kind"] for row in resizes} == {kind}
     assert all(row["lost_steps"] == 0 for row in resizes)
     assert result.rows("rollback") == []
 
@@ -52,6 +52,27 @@ def test_resized_in_place(trial: Trial, model: str, precision: str, stage: int) 
     assert_same_losses(resized, expected, FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE)
     assert_walked(resized)
     assert_each_sample_once(resized, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("mode", ["group", "restart"])
+def test_resized_with_the_worker_group(
+    trial: Trial, mode: str, model: str, precision: str, stage: int
+) -> None:
+    """Hosts come and go with the workers; ``test_ray_cluster.py`` does it with Ray Train's own."""
+    options: dict[str, Any] = {"model": model, "precision": precision, "stage": stage}
+    expected = trial.expected(**options)
+    resized = trial.run(
+        trial.config("resized", **options, elastic={"mode": mode}),
+        [(step, setpoint(count, precision)) for step, count in WALK],
+    )
+    assert_same_losses(resized, expected, FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE)
+    assert_walked(resized, mode)
+    assert_each_sample_once(resized, expected)
+    through_storage = [row["kind"] for row in resized.rows("checkpoint")].count("just_in_time")
+    assert through_storage == (len(WALK) if mode == "restart" else 0)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

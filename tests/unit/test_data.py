@@ -243,7 +243,7 @@ def test_an_opened_data_set_is_small_to_send_and_refuses_bad_indices(tmp_path):
     dataset = open_prepared(prepared.path)
     assert dataset.train[3].shape == (LENGTH,)
     sent = pickle.dumps(dataset)
-    assert len(sent) < 4000 < prepared.num_train_tokens
+    assert len(sent) < 4000 < prepared.num_train_sequences * prepared.sequence_length
     assert np.array_equal(pickle.loads(sent).train[3], dataset.train[3])
     for index in (-1, len(dataset.train)):
         with pytest.raises(IndexError):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eadt.config.training import TrainingConfig
 from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.training import hub, models
-from eadt.training.models import build_model, count_parameters, model_fingerprint, save_hf_folder
+from eadt.training.models import build_model, save_hf_folder
 from eadt.training.tokenizer import ByteTokenizer
 
 VOCAB = ByteTokenizer().vocab_size
@@ -34,6 +34,15 @@ def training(model_config=None, **changes):
 def same_weights(one, two):
     ones, twos = dict(one.named_parameters()), dict(two.named_parameters())
     return ones.keys() == twos.keys() and all(torch.equal(ones[name], twos[name]) for name in ones)
+
+
+def count_parameters(model):
+    return sum(param.numel() for param in model.parameters())
+
+
+def names_and_shapes(model):
+    """What two models must have in common for one to take the other's state."""
+    return tuple(sorted((name, tuple(param.shape)) for name, param in model.named_parameters()))
 
 
 @pytest.fixture
@@ -68,7 +77,7 @@ def test_meta_and_empty_models_are_the_same_model(model_config):
     assert [(n, p.shape) for n, p in meta.named_parameters()] == [
         (n, p.shape) for n, p in real.named_parameters()
     ]
-    assert len({model_fingerprint(model) for model in (real, meta, empty)}) == 1
+    assert len({names_and_shapes(model) for model in (real, meta, empty)}) == 1
     assert len({count_parameters(model) for model in (real, meta, empty)}) == 1
     # Weights copied into an empty model make it the real one: its buffers are right.
     with torch.no_grad():
@@ -81,18 +90,13 @@ def test_meta_and_empty_models_are_the_same_model(model_config):
 
 def test_fingerprints_tell_models_apart():
     configs = [NEOX, NEOX | {"hidden_size": 64}, NEOX | {"num_hidden_layers": 3}, LLAMA, TIED_LLAMA]
-    assert len({model_fingerprint(build_model(training(c), VOCAB, meta=True)) for c in configs}) == 5
+    assert len({names_and_shapes(build_model(training(c), VOCAB, meta=True)) for c in configs}) == 5
 
 
-def test_tied_and_partitioned_parameters_are_counted_right():
+def test_tied_weights_are_one_parameter():
     tied = build_model(training(TIED_LLAMA | {"num_key_value_heads": 4}), VOCAB, meta=True)
     untied = build_model(training(LLAMA), VOCAB, meta=True)
     assert count_parameters(untied) - count_parameters(tied) == VOCAB * 32
-    before = count_parameters(tied), model_fingerprint(tied)
-    for parameter in tied.parameters():  # what ZeRO-3 does to a parameter
-        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
-        parameter.data = torch.empty(0, device="meta")
-    assert (count_parameters(tied), model_fingerprint(tied)) == before
 
 
 @architectures
@@ -158,7 +162,7 @@ def test_pretrained_weights_and_random_ones_from_a_folder(saved):
     assert loaded.training
     assert loaded.config.use_cache is False
     random = build_model(config.model_copy(update={"model_init": "random"}), VOCAB, seed=1)
-    assert model_fingerprint(random) == model_fingerprint(model)
+    assert names_and_shapes(random) == names_and_shapes(model)
     assert not same_weights(random, model)
 
 

@@ -17,6 +17,7 @@ class Receiver:
     def __init__(self, pace_s: float = LONG_S) -> None:
         self.batches: queue.Queue[list[Item]] = queue.Queue()
         self.outbox = Outbox(self.batches.put, pace_s)
+        self.outbox.start()
 
     def next(self) -> list[Item]:
         return self.batches.get(timeout=SOON_S)

@@ -53,11 +53,6 @@ class PreparedData:
     validation_from: str
     notes: tuple[str, ...] = ()
 
-    @property
-    def num_train_tokens(self) -> int:
-        """Tokens of one epoch."""
-        return self.num_train_sequences * self.sequence_length
-
     def describe(self) -> str:
         """One phrase for people."""
         return (
