@@ -6,12 +6,9 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
 for name in "${@:-metering resize overhead gpu_smoke}"; do
   for script in $name; do
-    case "$script" in
-      resize) options=(--other-stages 1,2,3) ;;
-      overhead) options=(--full) ;;
-      *) options=() ;;
-    esac
+    options=(--save)
+    if [[ $script == overhead ]]; then options+=(--full); fi
     echo "[$script] $(date +%H:%M:%S)"
-    env -u RAY_ADDRESS "$python" "benchmarks/$script.py" "${options[@]}" --save
+    env -u RAY_ADDRESS "$python" "benchmarks/$script.py" "${options[@]}"
   done
 done
