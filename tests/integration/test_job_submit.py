@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from eadt.clock import monotonic_s
+from eadt.telemetry.ledger import read_ledger
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -111,6 +112,30 @@ def test_a_submitted_job_trains_with_the_uploaded_loop_and_leaves_its_report(
     assert report["run"]["status"] == "completed"
     assert report["optimizer_steps"] == 60
     assert sum(report["energy_j"]["by_use"].values()) == pytest.approx(report["energy_j"]["total"], rel=0.01)
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_a_partial_report(head: Head, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    patience = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}  # Ray kills after 3 s otherwise
+    submitted = head.call(
+        "ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--no-wait",
+        "--submission-id", "stopped", "--runtime-env-json", json.dumps(patience), "--",
+        "eadt", "run", "examples/own_loop.yaml", "--set", f"run.folder={run}",
+        "--set", "training.max_steps=100000",
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+    deadline_s = monotonic_s() + JOB_LIMIT_S
+    while not any(row["type"] == "step" for row in read_ledger(run / "ledger").rows):
+        assert monotonic_s() < deadline_s, "the job takes no step"
+        threading.Event().wait(0.5)
+    stopped = head.call("ray", "job", "stop", "stopped", "--address", head.dashboard)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "was stopped" in stopped.stdout + stopped.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["run"]["status"] == "interrupted"
+    assert report["partial"] is True
+    [checkpoint] = [row for row in read_ledger(run / "ledger").rows if row["type"] == "checkpoint"]
+    assert checkpoint["step"] == report["optimizer_steps"] >= 1
 
 
 def test_a_wrong_token_is_said_before_anything_starts(head: Head, tmp_path: Path) -> None:
