@@ -167,7 +167,7 @@ def _decision_line(event: Event) -> str | None:
     head = f"decision {event.get('decision_id', '')}".rstrip()
     action = str(event.get("action", "")).replace("_", " ")
     if verdict and outcome not in ("pending", "held"):
-        return f"{head} ({action}) {outcome}: {verdict}"
+        return f"{head} ({action}): {verdict}"
     change = f" {describe_setpoint(before)} → {describe_setpoint(after)}" if before != after else ""
     text = f"{head}: {action}{change}" + ("" if outcome in ("pending", "held") else f" ({outcome})")
     reason = str(event.get("reason") or "")

@@ -179,13 +179,15 @@ def describe_observation(row: dict[str, Any]) -> str:
 
 def describe_decision(row: dict[str, Any]) -> list[str]:
     """A decision in lines: what and why, what was expected, what came of it."""
-    what = describe({**row, "type": "decision", "measured": None, "expected": None})
-    lines = [f"at {row.get('at_s', 0):.0f} s: {what}"]
+    what = describe({**row, "type": "decision", "measured": None, "expected": None, "repeats": 1})
+    repeats = int(row.get("repeats") or 1)
+    lines = [f"at {row.get('at_s', 0):.0f} s: {what}" + (f" ({repeats} times)" if repeats > 1 else "")]
     expected, measured = row.get("expected"), row.get("measured")
+    outcome = str(row.get("outcome") or "pending")
+    if outcome in ("held", "refused"):
+        return lines  # nothing was done that anything could come of
     if isinstance(expected, dict) and expected.get("summary"):
         lines.append(f"  expected: {expected['summary']}")
-    outcome = str(row.get("outcome") or "pending")
     verdict = str(measured.get("verdict") or "") if isinstance(measured, dict) else ""
-    if verdict or outcome not in ("held",):
-        lines.append(f"  outcome:  {outcome}{f': {verdict}' if verdict else ''}")
+    lines.append(f"  outcome:  {verdict or outcome}")
     return lines

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from eadt.cli import app
 from eadt.cli.overrides import load_with_overrides
+from eadt.cli.status import describe_decision
 from eadt.config import InvalidConfigError
 from eadt.errors import DeadlineError, EadtError, EnvironmentFailure
 from eadt.telemetry.ledger import LedgerWriter
@@ -144,7 +145,9 @@ def write_ledger(run_folder: Path, status: str = "completed") -> None:
             "measured": None,
         }
         ledger.append({**decision, "outcome": "pending"})
-        ledger.append({**decision, "outcome": "kept", "measured": {"verdict": "Efficiency rose by 8 %."}})
+        ledger.append(
+            {**decision, "outcome": "kept", "measured": {"verdict": "Kept: efficiency rose by 8 %."}}
+        )
         ledger.append(
             {
                 "type": "resize",
@@ -470,9 +473,19 @@ def test_status_of_a_run_that_has_ended_is_read_from_its_ledger(folder: Path) ->
         "2 workers at 50 % → 3 workers at 35 %",
         "Power is high.",
         "expected: more samples a joule.",
-        "outcome:  kept: Efficiency rose by 8 %.",
+        "outcome:  Kept: efficiency rose by 8 %.",
     ):
         assert part in result.stdout
+
+
+def test_status_says_how_often_a_decision_was_refused(folder: Path) -> None:
+    refused = {
+        "decision_id": "d0003", "at_s": 61.0, "action": "increase", "reason": "It was measured worse.",
+        "setpoint_before": TWO, "setpoint_after": TWO, "expected": {"summary": "more power."},
+        "measured": None, "outcome": "refused", "repeats": 4,
+    }  # fmt: skip
+    lines = describe_decision(refused)
+    assert lines == ["at 61 s: decision d0003: increase (refused): It was measured worse. (4 times)"]
 
 
 def test_status_asks_the_supervisor_of_a_run_that_goes_on(

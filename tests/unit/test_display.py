@@ -85,8 +85,8 @@ def test_a_decision_says_what_why_and_what_is_expected() -> None:
 
 
 def test_the_outcome_of_a_decision_says_what_was_measured() -> None:
-    row = {**DECISION, "outcome": "reverted", "measured": {"verdict": "Throughput fell by 40 %."}}
-    assert describe(row) == "decision d1 (scale replicas) reverted: Throughput fell by 40 %."
+    row = {**DECISION, "outcome": "reverted", "measured": {"verdict": "Taken back: throughput fell."}}
+    assert describe(row) == "decision d1 (scale replicas): Taken back: throughput fell."
 
 
 @pytest.mark.parametrize(
