@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from eadt.adapters.ray_probe import cluster_address, probe
+from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.errors import ConfigError, EnvironmentFailure
 
 _ANSWER_TIMEOUT_S = 10.0
@@ -141,6 +141,7 @@ def _connected(address: str) -> Iterator[None]:
     import ray
 
     _check_answers(address)
+    use_token_at_hand()
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

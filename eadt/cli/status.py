@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ def status(
         str | None,
         typer.Argument(
             metavar="[RUN]",
-            help="Name of a run or its folder. Default: the newest in runs/.",
+            help="Name of a run or its folder. Default: the one that goes on where a cluster is named, else "
+            "the newest in runs/.",
             show_default=False,
         ),
     ] = None,
@@ -53,9 +55,11 @@ def status(
 def _find(run: str | None, address: str | None, out: Output) -> dict[str, Any]:
     folder = _local_folder(run)
     from_ledger = status_from_ledger(folder) if folder is not None else None
-    if from_ledger is not None and from_ledger["status"] != "running" and address is None:
+    # Who names a cluster means what goes on there, not what lies here.
+    is_of_cluster = address is not None or (run is None and bool(os.environ.get("RAY_ADDRESS")))
+    if from_ledger is not None and from_ledger["status"] != "running" and not is_of_cluster:
         return from_ledger
-    if from_ledger is not None:
+    if from_ledger is not None and not (run is None and is_of_cluster):
         run = str(from_ledger["run_id"] or from_ledger["run"])
     try:
         from eadt.status import fetch_status

@@ -35,14 +35,19 @@ JOB_LIMIT_S = 240
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray cluster of one node, with what it takes to reach it."""
+    """A Ray cluster of one node, with what it takes to reach it: a token."""
 
     address: str
     dashboard: str
     env: dict[str, str]
 
     def call(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """A command of this environment, as a user of that cluster calls it."""
+        """A command of this environment, as a user of that cluster calls it.
+
+        Ray's own commands want ``RAY_AUTH_MODE`` too; ours do with the token.
+        """
+        if arguments[0] == "ray":
+            env = {"RAY_AUTH_MODE": "token", **env}
         return subprocess.run(
             [BIN / arguments[0], *arguments[1:]],
             cwd=ROOT,
@@ -69,21 +74,22 @@ def head() -> Iterator[Head]:
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
     log = (folder / "head.log").open("wb")
     process = subprocess.Popen(
         [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}",
          "--num-cpus=2", "--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats"],
-        cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True,
+        cwd=folder, env={**env, "RAY_AUTH_MODE": "token"}, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", env)
     try:
         deadline_s = monotonic_s() + START_LIMIT_S
-        while head.call("ray", "job", "list", "--address", head.dashboard).returncode != 0:
+        # The dashboard answers some seconds before it can place a job.
+        trial = ("ray", "job", "submit", "--address", head.dashboard, "--no-wait", "--", "true")
+        while (tried := head.call(*trial)).returncode != 0:
             assert process.poll() is None, (folder / "head.log").read_text()
-            assert monotonic_s() < deadline_s, "the dashboard does not answer"
+            assert monotonic_s() < deadline_s, tried.stderr
             threading.Event().wait(1.0)
         yield head
     finally:
@@ -128,6 +134,10 @@ def test_a_stopped_job_leaves_a_checkpoint_and_a_partial_report(head: Head, tmp_
     while not any(row["type"] == "step" for row in read_ledger(run / "ledger").rows):
         assert monotonic_s() < deadline_s, "the job takes no step"
         threading.Event().wait(0.5)
+    asked = head.call("eadt", "status", "-o", "json", RAY_ADDRESS=head.address)
+    assert asked.returncode == 0, asked.stderr
+    status = json.loads(asked.stdout)
+    assert (status["source"], status["status"], status["run"]) == ("supervisor", "training", "own_loop")
     stopped = head.call("ray", "job", "stop", "stopped", "--address", head.dashboard)
     assert stopped.returncode == 0, stopped.stderr
     assert "was stopped" in stopped.stdout + stopped.stderr

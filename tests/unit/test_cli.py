@@ -526,6 +526,27 @@ def test_status_asks_the_supervisor_of_a_run_that_goes_on(
         assert part in shown
 
 
+def test_status_where_a_cluster_is_named_is_of_what_goes_on_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ledger(Path("runs/demo"))  # completed, and here
+    asked: list[tuple[str | None, str | None]] = []
+
+    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+        asked.append((run, address))
+        return {"run": "another", "status": "training"}
+
+    module = ModuleType("eadt.status")
+    module.__dict__["fetch_status"] = fetch_status
+    monkeypatch.setitem(sys.modules, "eadt.status", module)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "another: training (from the supervisor" in eadt("status").stdout
+    assert "demo: completed (from the ledger" in eadt("status", "demo").stdout
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert "another: training" in eadt("status", "--address", "10.0.0.1:6379").stdout
+    assert asked == [(None, None), (None, "10.0.0.1:6379")]
+
+
 def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ledger(Path("runs/demo"), status="running")
 
