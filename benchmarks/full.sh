@@ -4,11 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
-for name in "${@:-metering resize overhead gpu_smoke}"; do
-  for script in $name; do
-    options=(--save)
-    if [[ $script == overhead ]]; then options+=(--full); fi
-    echo "[$script] $(date +%H:%M:%S)"
-    env -u RAY_ADDRESS "$python" "benchmarks/$script.py" "${options[@]}"
-  done
+if (( $# == 0 )); then set -- metering resize overhead gpu_smoke; fi
+for script in "$@"; do
+  options=(--save)
+  if [[ $script == overhead ]]; then options+=(--full); fi
+  echo "[$script] $(date +%H:%M:%S)"
+  env -u RAY_ADDRESS "$python" "benchmarks/$script.py" "${options[@]}"
 done

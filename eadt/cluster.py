@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node_agent import agent_settings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
-from eadt.units import Quality
+from eadt.units import Quality, sum_if_known
 
 _WATCH_S = 1.0
 _LOOK_S = 1.0
@@ -342,8 +342,8 @@ class ClusterRun:
     def _progress(self, snapshot: dict[str, Any], rate: float | None) -> dict[str, Any]:
         steps_left = snapshot["max_steps"] - snapshot["step"]
         readings = self._read_agents()
-        powers = [reading.power_w if reading else None for reading in readings]
-        power_w = _sum_if_known(powers)
+        power_w = sum_if_known([reading.power_w if reading else None for reading in readings])
+        quality = Quality.worst(reading.quality for reading in readings if reading)
         eta_s = steps_left * self._settings.train_batch_size / rate if rate else None
         setpoint = snapshot["setpoint"] or snapshot["desired"]
         return {
@@ -353,9 +353,9 @@ class ClusterRun:
             "loss": snapshot["loss"],
             "samples_per_second": rate,
             "power_w": power_w,
-            "power_quality": str(Quality.worst(reading.quality for reading in readings if reading)),
+            "power_quality": None if power_w is None else str(quality),
             "joules_per_sample": power_w / rate if power_w is not None and rate else None,
-            "energy_j": _sum_if_known([reading.energy_j if reading else None for reading in readings]),
+            "energy_j": sum_if_known([reading.energy_j if reading else None for reading in readings]),
             "num_workers": setpoint.num_workers,
             "share_percentage": setpoint.mps_active_thread_percentage,
             "eta_s": eta_s,
@@ -441,12 +441,6 @@ class ClusterRun:
 
     def _ask(self, references: Any) -> Any:
         return ray.get(references, timeout=_CALL_TIMEOUT_S)
-
-
-def _sum_if_known(values: Sequence[float | None]) -> float | None:
-    """The sum; unknown if a part of it is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,7 +8,6 @@ actor.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import signal
@@ -33,7 +32,7 @@ from eadt.training.engine_pool import EnginePool
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout, StateSlot
 from eadt.training.state_server import StateServer
-from eadt.units import Quality, format_bytes
+from eadt.units import Quality, format_bytes, sum_if_known
 
 _LEASE_CHECK_S = 1.0
 CPU_ENGINE_ENV = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
@@ -303,9 +302,7 @@ class NodeAgent:
         power_w, quality = power if power is not None else (None, Quality.MEASURED)
         totals = self._meter.totals()
         booked_j = [total.energy_j for name, total in totals.items() if booked is None or name in booked]
-        known_j = [energy_j for energy_j in booked_j if energy_j is not None]
-        energy_j = math.fsum(known_j) if len(known_j) == len(booked_j) else None
-        return NodeReading(power_w, quality, energy_j)
+        return NodeReading(power_w, quality, sum_if_known(booked_j))
 
     def _book(self, rows: list[dict[str, Any]]) -> None:
         with self._booking:

@@ -24,7 +24,7 @@ from eadt.control.observation import Observation
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
-from eadt.units import Quality, format_duration
+from eadt.units import Quality, format_duration, sum_if_known
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,7 @@ class _EnergyTally:
 
     @property
     def energy_j(self) -> float | None:
-        known = [reading for reading in self._readings.values() if reading is not None]
-        if not known or len(known) < len(self._readings):
-            return None
-        return sum(earlier_j + last_j for earlier_j, last_j in known)
+        return sum_if_known([sum(pair) if pair is not None else None for pair in self._readings.values()])
 
     def to_state(self) -> dict[str, Any]:
         return {"readings": self._readings, "quality": self.quality}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 
 
@@ -19,6 +19,12 @@ class Quality(StrEnum):
         """The least trustworthy of them, in the order of this class; of none: ``MEASURED``."""
         order = list(cls)
         return max(qualities, key=order.index, default=cls.MEASURED)
+
+
+def sum_if_known(values: Collection[float | None]) -> float | None:
+    """The sum; ``None`` if a part of it is, or there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def format_energy(energy_j: float | None) -> str:

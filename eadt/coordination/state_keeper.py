@@ -137,11 +137,9 @@ class StateKeeper:
 
     def saved(self, state: SavedState, slot: int) -> None:
         """A state is complete: it takes the place of the one before."""
-        self._slots.hold(slot, "newest-next")
-        self._slots.release("saving")
         self._release("newest")
         self._slots.hold(slot, "newest")
-        self._slots.release("newest-next")
+        self._slots.release("saving")
         self._newest, self._newest_slot = state, slot
 
     def engines_failed(self) -> None:
@@ -167,8 +165,9 @@ class StateKeeper:
                 self._on_granted(freed)
 
     def _grant_free(self) -> tuple[int, ...]:
-        self._granted = set(self._slots.free())
-        return tuple(sorted(self._granted))
+        free = self._slots.free()
+        self._granted = set(free)
+        return free
 
     # -- checkpoints ----------------------------------------------------------------------------
 

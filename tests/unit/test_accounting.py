@@ -363,7 +363,7 @@ _EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(events=st.lists(_EVENTS, max_size=40))
 def test_whatever_is_booked_the_parts_sum_to_the_meter(events: list[tuple[Any, ...]]) -> None:
     rows = begun()

@@ -219,7 +219,7 @@ def partitions(draw: st.DrawFn) -> tuple[StateLayout, list[list[Span]], list[lis
     return layout, parts, groups
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=partitions())
 def test_any_partition_is_read_back_by_any_other(
     case: tuple[StateLayout, list[list[Span]], list[list[int]]],

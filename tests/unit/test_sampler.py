@@ -12,7 +12,7 @@ from eadt.training.sampler import SampleOrder, micro_batches
 
 
 @given(num_samples=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_epoch_holds_every_sample_once(num_samples, seed, epoch):
     begin = epoch * num_samples
     found = SampleOrder(num_samples, seed).indices(np.arange(begin, begin + num_samples))
@@ -25,7 +25,7 @@ def test_each_epoch_holds_every_sample_once(num_samples, seed, epoch):
     max_micro_batch=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_sample_is_lost_or_repeated_under_random_resizes(
     num_samples, worker_counts, max_micro_batch, seed
 ):
