@@ -49,8 +49,8 @@ from eadt.adapters.nvml import Nvml
 from eadt.clock import SYSTEM_CLOCK
 from eadt.config import PowerConfig, RunConfig
 from eadt.errors import EadtError
-from eadt.telemetry.ledger import read_ledger
-from eadt.telemetry.sources import SourceSelection, detect_sources
+from eadt.node.sensors import SourceSelection, detect_sources
+from eadt.record.ledger import read_ledger
 from eadt.trainer import EnergyAdaptiveTrainer
 
 PLAN = [even_setpoint(2, 40), even_setpoint(1), even_setpoint(2)]

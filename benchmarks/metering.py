@@ -38,8 +38,8 @@ from eadt.adapters.nvml import Nvml
 from eadt.clock import SYSTEM_CLOCK
 from eadt.config import PowerConfig
 from eadt.errors import EadtError
-from eadt.telemetry.meter import Meter, Row
-from eadt.telemetry.sources import SourceSelection, detect_sources
+from eadt.node.meter import Meter, Row
+from eadt.node.sensors import SourceSelection, detect_sources
 from eadt.testing.fake_nvml import FakeGpu, FakeNvml
 
 RESULT = Path(__file__).parent / "results" / "metering.json"

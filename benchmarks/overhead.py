@@ -49,7 +49,7 @@ from common import (
     versions,
 )
 
-from eadt.node_agent import CPU_ENGINE_ENV
+from eadt.node.agent import CPU_ENGINE_ENV
 
 RESULT = RESULTS / "overhead.json"
 SIDES = ("plain", "plain again", "eadt")

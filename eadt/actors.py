@@ -23,8 +23,8 @@ from eadt.coordination.placement import Host
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.node_agent import AgentSettings, NodeAgent
-from eadt.telemetry.ledger import LedgerWriter
+from eadt.node.agent import AgentSettings, NodeAgent
+from eadt.record.ledger import LedgerWriter
 from eadt.training.checkpoint import Manifest, Shard
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout
@@ -220,7 +220,7 @@ class CoordinatorActor:
 
 
 class NodeAgentActor:
-    """Actor around :class:`~eadt.node_agent.NodeAgent`."""
+    """Actor around :class:`~eadt.node.agent.NodeAgent`."""
 
     def __init__(self, settings: AgentSettings, coordinator: str) -> None:
         rise_above_workers()

@@ -25,7 +25,7 @@ from eadt.coordination.hosts import HOST_BEAT_S
 from eadt.coordination.nodes import NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.node_agent import agent_settings
+from eadt.node.agent import agent_settings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
 from eadt.units import Quality, sum_if_known

@@ -27,7 +27,7 @@ from eadt.control.batch_check import check_batch
 from eadt.control.presets import initial_setpoint, max_workers
 from eadt.coordination.settings import RunSettings
 from eadt.errors import ConfigError, EadtError
-from eadt.telemetry.report import Report, build_report, write_report
+from eadt.report import Report, build_report, write_report
 from eadt.training.checkpoint import CheckpointStore
 from eadt.training.data import PreparedData, check_dataset, default_cache_dir, prepare_dataset
 from eadt.training.engine_spec import TrainingJob

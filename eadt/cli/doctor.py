@@ -12,7 +12,7 @@ from rich.text import Text
 from eadt.cli.options import AddressOption, FormatOption
 from eadt.cli.output import Output, OutputFormat
 from eadt.config import load_config
-from eadt.telemetry.capabilities import Capability
+from eadt.node.capabilities import Capability
 
 _STYLES = {"ok": "green", "degraded": "yellow", "missing": "red"}
 
@@ -42,7 +42,7 @@ def doctor(
     with Output(output) as out:
         config = load_config(file) if file is not None else None
         from eadt.cli.environment import NEEDED, environment_survey
-        from eadt.telemetry.capabilities import survey
+        from eadt.node.capabilities import survey
 
         machine = survey(config)
         has_gpu = any(item.name == "nvml" and item.state != "missing" for item in machine)

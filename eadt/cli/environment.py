@@ -1,7 +1,7 @@
 """What surrounds a run on this machine, for ``eadt doctor``: software, Ray cluster, Prometheus, folder size.
 
 Owns looking only; changes nothing. What the hardware can measure and control is surveyed by
-:mod:`eadt.telemetry.capabilities`.
+:mod:`eadt.node.capabilities`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eadt import clock
 from eadt.adapters.ray_probe import cluster_address, probe
-from eadt.telemetry.capabilities import Capability
+from eadt.node.capabilities import Capability
 from eadt.units import format_bytes
 
 _PYTHONS = ((3, 11), (3, 13))

@@ -36,7 +36,7 @@ def report(
     """
     with Output(output) as out:
         folder = run_folder(run)
-        from eadt.telemetry.report import build_report, write_report
+        from eadt.report import build_report, write_report
 
         wanted = _formats(formats, out)
         try:

@@ -87,7 +87,7 @@ def require_capabilities(config: RunConfig, names: list[str]) -> None:
     """
     if not names:
         return
-    from eadt.telemetry.capabilities import survey
+    from eadt.node.capabilities import survey
 
     found = {capability.name: capability for capability in survey(config)}
     for name in names:

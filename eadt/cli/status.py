@@ -13,7 +13,7 @@ from eadt.cli.options import AddressOption, FormatOption, known_runs, run_folder
 from eadt.cli.output import Output, OutputFormat
 from eadt.display import describe, describe_setpoint
 from eadt.errors import ConfigError, EadtError
-from eadt.telemetry.ledger import LedgerContents, read_ledger
+from eadt.record.ledger import LedgerContents, read_ledger
 from eadt.units import format_duration, format_energy
 
 _NUM_DECISIONS = 10

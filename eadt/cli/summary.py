@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from eadt.units import format_duration, format_energy
 
 if TYPE_CHECKING:
-    from eadt.telemetry.report import Report
+    from eadt.report import Report
 
 
 def summary(report: Report) -> Iterator[str]:

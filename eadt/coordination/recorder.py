@@ -9,7 +9,7 @@ from typing import Any
 
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.control.setpoint import Setpoint
-from eadt.telemetry.ledger import LedgerWriter
+from eadt.record.ledger import LedgerWriter
 
 _EVENTS_KEPT = 2000
 _STEPS_KEPT = 20000

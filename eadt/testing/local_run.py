@@ -32,8 +32,8 @@ from eadt.coordination.placement import Host
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.node_agent import AgentSettings, NodeAgent, agent_settings
-from eadt.telemetry.ledger import LedgerContents, LedgerWriter, read_ledger
+from eadt.node.agent import AgentSettings, NodeAgent, agent_settings
+from eadt.record.ledger import LedgerContents, LedgerWriter, read_ledger
 from eadt.testing.engine_side import Gates
 from eadt.testing.faults import FaultPlan
 from eadt.trainer import run_settings

@@ -12,8 +12,8 @@ import ray
 
 from eadt.actors import NAMESPACE, agent_prefix, coordinator_name
 from eadt.config import RunConfig, config_from_dict
+from eadt.record.ledger import read_ledger
 from eadt.supervisor_actor import supervisor_name
-from eadt.telemetry.ledger import read_ledger
 from eadt.trainer import EnergyAdaptiveTrainer, TrainingResult
 
 DEADLINE_S = 150.0

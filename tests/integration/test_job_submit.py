@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from eadt.clock import monotonic_s
-from eadt.telemetry.ledger import read_ledger
+from eadt.record.ledger import read_ledger
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -17,7 +17,7 @@ import pytest
 
 from eadt import node_agent
 from eadt.errors import EnvironmentFailure
-from eadt.telemetry.report import build_report
+from eadt.report import build_report
 from eadt.testing.faults import Fault, FaultKind, FaultPlan, Moment
 from eadt.testing.local_run import LocalResult, LocalRun
 from eadt.training.checkpoint import CheckpointStore

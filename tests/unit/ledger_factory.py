@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from eadt.telemetry.ledger import LedgerWriter
+from eadt.record.ledger import LedgerWriter
 from eadt.testing.clock import FakeClock
 
 START_UNIX_S = 1_750_000_000.0

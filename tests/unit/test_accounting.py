@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eadt.telemetry.report.accounting import Account, account_for
-from eadt.telemetry.report.timeline import USES, job_timeline
+from eadt.report.accounting import Account, account_for
+from eadt.report.timeline import USES, job_timeline
 from tests.unit.ledger_factory import NODE, OTHER, START_UNIX_S, Rows, synthetic_run
 
 

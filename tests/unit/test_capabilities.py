@@ -8,9 +8,9 @@ import pytest
 
 from eadt.adapters.nvml import Nvml
 from eadt.config import RunConfig
-from eadt.telemetry import capabilities
-from eadt.telemetry.capabilities import Capability, survey
-from eadt.telemetry.sources import Host
+from eadt.node import capabilities
+from eadt.node.capabilities import Capability, survey
+from eadt.node.sensors import Host
 from eadt.testing.clock import FakeClock
 from eadt.testing.fake_nvml import FakeGpu, FakeNvml
 

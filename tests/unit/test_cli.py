@@ -22,8 +22,8 @@ from eadt.cli.overrides import load_with_overrides
 from eadt.cli.status import describe_decision
 from eadt.config import InvalidConfigError
 from eadt.errors import DeadlineError, EadtError, EnvironmentFailure
-from eadt.telemetry.ledger import LedgerWriter
-from eadt.telemetry.report import build_report
+from eadt.record.ledger import LedgerWriter
+from eadt.report import build_report
 from eadt.testing.clock import FakeClock
 
 CONFIG = """\
@@ -411,8 +411,8 @@ def test_a_bad_configuration_never_reaches_the_trainer(folder: Path, trainer: Fa
 def test_require_names_what_is_missing_and_its_fix(
     folder: Path, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eadt.telemetry import capabilities
-    from eadt.telemetry.capabilities import Capability
+    from eadt.node import capabilities
+    from eadt.node.capabilities import Capability
 
     found = [Capability("nvml", "missing", "no driver", "install it"), Capability("memory", "ok", "enough")]
     monkeypatch.setattr(capabilities, "survey", lambda config: found)

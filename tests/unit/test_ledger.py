@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eadt.telemetry import ledger
-from eadt.telemetry.ledger import LedgerWriter, read_ledger
+from eadt.record import ledger
+from eadt.record.ledger import LedgerWriter, read_ledger
 from eadt.testing.clock import FakeClock
 from eadt.units import Quality
 

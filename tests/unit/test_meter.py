@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eadt.errors import TransientDeviceError
-from eadt.telemetry.meter import Meter
-from eadt.telemetry.sources import Component, Reading
+from eadt.node.meter import Meter
+from eadt.node.sensors import Component, Reading
 from eadt.testing.clock import FakeClock
 from eadt.units import Quality
 

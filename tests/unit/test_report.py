@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eadt.errors import ConfigError
-from eadt.telemetry.report import (
+from eadt.report import (
     Report,
     build_report,
     render_html,
@@ -25,9 +25,9 @@ from eadt.telemetry.report import (
     report_json_schema,
     write_report,
 )
-from eadt.telemetry.report.render import cell, change, number, pairs
-from eadt.telemetry.report.series import MAX_POINTS
-from eadt.telemetry.report.svg import ticks
+from eadt.report.render import cell, change, number, pairs
+from eadt.report.series import MAX_POINTS
+from eadt.report.svg import ticks
 from eadt.testing.clock import FakeClock
 from tests.unit.ledger_factory import NODE, START_UNIX_S, Rows, synthetic_run, write_run
 from tests.unit.test_accounting import resumed_rows
@@ -43,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 def test_the_schema_in_the_documentation_is_current() -> None:
     stored = json.loads((ROOT / "docs" / "report.schema.json").read_text())
-    assert stored == report_json_schema(), "run: python -m eadt.telemetry.report > docs/report.schema.json"
+    assert stored == report_json_schema(), "run: python -m eadt.report > docs/report.schema.json"
 
 
 def test_the_json_form_fits_the_schema_and_comes_back_equal(report: Report) -> None:

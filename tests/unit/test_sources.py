@@ -15,15 +15,15 @@ from eadt.errors import (
     EnvironmentFailure,
     TransientDeviceError,
 )
-from eadt.telemetry import utilisation
-from eadt.telemetry.sources import (
+from eadt.node import utilisation
+from eadt.node.sensors import (
     CpuEstimateSource,
     Host,
     RaplSource,
     SimulatedGpuSource,
     detect_sources,
 )
-from eadt.telemetry.utilisation import CpuTimes, cgroup_core_limit, cgroup_memory_limit_bytes
+from eadt.node.utilisation import CpuTimes, cgroup_core_limit, cgroup_memory_limit_bytes
 from eadt.testing.clock import FakeClock
 from eadt.testing.fake_nvml import FakeGpu, FakeNvml
 from eadt.units import Quality
@@ -150,7 +150,7 @@ class TestRapl:
                 raise PermissionError(13, "Permission denied", str(path))
             return real_open(path, *args, **kwargs)
 
-        monkeypatch.setattr("eadt.telemetry.sources.rapl.os.open", refusing_open)
+        monkeypatch.setattr("eadt.node.sensors.rapl.os.open", refusing_open)
         with pytest.raises(DevicePermissionError) as caught:
             RaplSource(clock, machine.powercap)
         assert refused
@@ -188,7 +188,7 @@ class TestCpuEstimate:
         assert reading.at_s == clock.monotonic_s()
 
     def test_says_that_a_container_limit_plays_no_part(self, machine, clock, monkeypatch):
-        monkeypatch.setattr("eadt.telemetry.sources.estimate.cgroup_core_limit", lambda: 0.5)
+        monkeypatch.setattr("eadt.node.sensors.estimate.cgroup_core_limit", lambda: 0.5)
         source = CpuEstimateSource(15.0, 12.0, clock, CpuTimes(machine.proc_stat))
         assert "this container may use 0.5 of them" in source.components[0].detail
 
@@ -267,7 +267,7 @@ class TestSimulated:
         assert readings["gpu1"] > 28_000.0
 
     def test_until_told_it_follows_the_cores(self, machine, clock, monkeypatch):
-        monkeypatch.setattr("eadt.telemetry.sources.simulated.num_cores", lambda: 2)
+        monkeypatch.setattr("eadt.node.sensors.simulated.num_cores", lambda: 2)
         source = SimulatedGpuSource(1, 70.0, 300.0, 0, clock, CpuTimes(machine.proc_stat))
         machine.set_cpu_ticks(user=1000 + 1000, idle=10_000)
         clock.advance(10.0)

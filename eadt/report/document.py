@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.errors import ConfigError
-from eadt.telemetry.ledger import LedgerContents, read_ledger
-from eadt.telemetry.report.accounting import Account, Booked, Row, account_for
-from eadt.telemetry.report.series import Series, build_series
-from eadt.telemetry.report.timeline import USES, Use
+from eadt.record.ledger import LedgerContents, read_ledger
+from eadt.report.accounting import Account, Booked, Row, account_for
+from eadt.report.series import Series, build_series
+from eadt.report.timeline import USES, Use
 from eadt.units import format_duration
 
 LEDGER_FOLDER = "ledger"

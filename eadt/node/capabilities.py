@@ -18,8 +18,8 @@ from eadt.adapters.nvml import Nvml, NvmlGpu
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.config import ElasticConfig, MpsConfig, PowerConfig, RunConfig
 from eadt.errors import DevicePermissionError, EadtError
-from eadt.telemetry.sources import Host, RaplSource, detect_sources
-from eadt.telemetry.utilisation import (
+from eadt.node.sensors import Host, RaplSource, detect_sources
+from eadt.node.utilisation import (
     cgroup_core_limit,
     cgroup_memory_limit_bytes,
     num_cores,

@@ -11,12 +11,12 @@ from eadt.adapters.nvml import Nvml
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.config import PowerConfig
 from eadt.errors import EadtError, EnvironmentFailure
-from eadt.telemetry.sources.base import Component, PowerSource, UnmeasuredSource
-from eadt.telemetry.sources.estimate import CpuEstimateSource
-from eadt.telemetry.sources.nvml import NvmlSource
-from eadt.telemetry.sources.rapl import POWERCAP_ROOT, RaplSource
-from eadt.telemetry.sources.simulated import SimulatedGpuSource
-from eadt.telemetry.utilisation import PROC_STAT, CpuTimes, machine_id
+from eadt.node.sensors.base import Component, PowerSource, UnmeasuredSource
+from eadt.node.sensors.estimate import CpuEstimateSource
+from eadt.node.sensors.nvml import NvmlSource
+from eadt.node.sensors.rapl import POWERCAP_ROOT, RaplSource
+from eadt.node.sensors.simulated import SimulatedGpuSource
+from eadt.node.utilisation import PROC_STAT, CpuTimes, machine_id
 
 _FORCED_FIX = "Set power.source to auto, or to a source that this machine has (`eadt doctor` lists them)."
 

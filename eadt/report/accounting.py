@@ -1,7 +1,7 @@
 """All totals of a run, recomputed from the rows of its ledger.
 
 Owns the arithmetic: energy over time laid on each node's :mod:`timeline
-<eadt.telemetry.report.timeline>`, counts net of lost work, what was not measured. Pure: rows in,
+<eadt.report.timeline>`, counts net of lost work, what was not measured. Pure: rows in,
 an :class:`Account` out. Energy between two samples is spread evenly over their interval, and each
 joule goes to exactly one (use, component, quality, node), so every split adds up to the total.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eadt.telemetry.report.timeline import (
+from eadt.report.timeline import (
     EnergyPiece,
     Phase,
     Piece,
@@ -394,7 +394,7 @@ def account_for(rows: Sequence[Row]) -> Account:
     """Recompute everything from a ledger's rows.
 
     Args:
-        rows: As :func:`eadt.telemetry.ledger.read_ledger` gives them: by file, then ``seq``.
+        rows: As :func:`eadt.record.ledger.read_ledger` gives them: by file, then ``seq``.
     """
     reader = _Reader()
     reader.read(rows)

@@ -1,7 +1,7 @@
 """Who was doing what when: each node's time, cut into pieces that each have exactly one use.
 
 Owns the split rules: which stretch of a node's time was useful work, a restart, a checkpoint, idle
-or lost. It knows nothing of joules; :mod:`eadt.telemetry.report.accounting` lays the energy on top.
+or lost. It knows nothing of joules; :mod:`eadt.report.accounting` lays the energy on top.
 
 A node's monotonic times mean something only together with that node's anchor, and a reboot or a new
 session begins a new time base. A :class:`TimeBase` is one such stretch of one node.

@@ -2,7 +2,7 @@
 
 Owns the files ``events-<k>.jsonl`` in a run's ledger folder: one JSON object a line, one new file
 for each writer. It knows nothing of what the rows mean (that is
-:mod:`eadt.telemetry.report.accounting`), and never rewrites or deletes a file.
+:mod:`eadt.report.accounting`), and never rewrites or deletes a file.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from eadt.clock import Clock
 from eadt.errors import DevicePermissionError, DeviceUnsupportedError, EadtError, TransientDeviceError
-from eadt.telemetry.sources.base import Component, Reading
-from eadt.telemetry.utilisation import machine_id
+from eadt.node.sensors.base import Component, Reading
+from eadt.node.utilisation import machine_id
 from eadt.units import Quality
 
 POWERCAP_ROOT = Path("/sys/class/powercap")
@@ -138,11 +138,11 @@ class RaplSource:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         return self._components
 
     def read(self) -> Sequence[Reading]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         readings = []
         for component, zones in self._zones_of:
             energy_j, failure = 0.0, None
@@ -160,7 +160,7 @@ class RaplSource:
         return readings
 
     def close(self) -> None:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         for _component, zones in self._zones_of:
             for zone in zones:
                 zone.close()

@@ -17,9 +17,9 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from eadt.telemetry.report import svg
-from eadt.telemetry.report.document import Decision, Report, Resize, build_report
-from eadt.telemetry.report.timeline import USES
+from eadt.report import svg
+from eadt.report.document import Decision, Report, Resize, build_report
+from eadt.report.timeline import USES
 from eadt.units import format_bytes, format_duration, format_energy
 
 FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eadt.telemetry.report.accounting import Account
+from eadt.report.accounting import Account
 
 _T = TypeVar("_T")
 MAX_POINTS = 2000

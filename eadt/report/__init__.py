@@ -1,7 +1,7 @@
 """The report of a run: recomputed from its ledger alone, as JSON, Markdown and HTML."""
 
-from eadt.telemetry.report.document import Report, build_report, report_json_schema
-from eadt.telemetry.report.render import render_html, render_json, render_markdown, write_report
+from eadt.report.document import Report, build_report, report_json_schema
+from eadt.report.render import render_html, render_json, render_markdown, write_report
 
 __all__ = [
     "Report",

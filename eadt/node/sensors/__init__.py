@@ -5,12 +5,12 @@ Owns: reading. Must not: integrate over time (the meter does), book, or decide.
 
 from __future__ import annotations
 
-from eadt.telemetry.sources.base import Component, PowerSource, Reading, UnmeasuredSource
-from eadt.telemetry.sources.detect import Host, SourceSelection, detect_sources
-from eadt.telemetry.sources.estimate import CpuEstimateSource
-from eadt.telemetry.sources.nvml import NvmlSource
-from eadt.telemetry.sources.rapl import RaplSource
-from eadt.telemetry.sources.simulated import SimulatedGpuSource
+from eadt.node.sensors.base import Component, PowerSource, Reading, UnmeasuredSource
+from eadt.node.sensors.detect import Host, SourceSelection, detect_sources
+from eadt.node.sensors.estimate import CpuEstimateSource
+from eadt.node.sensors.nvml import NvmlSource
+from eadt.node.sensors.rapl import RaplSource
+from eadt.node.sensors.simulated import SimulatedGpuSource
 
 __all__ = [
     "Component",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.errors import EadtError, TransientDeviceError
-from eadt.telemetry.sources import Component, PowerSource, Reading
+from eadt.node.sensors import Component, PowerSource, Reading
 from eadt.units import Quality
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from eadt.config import PowerConfig, RunConfig, TrainingConfig
 from eadt.coordination.nodes import NodeInfo, NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EnvironmentFailure
-from eadt.telemetry.meter import Meter
-from eadt.telemetry.sources import SimulatedGpuSource, detect_sources
+from eadt.node.meter import Meter
+from eadt.node.sensors import SimulatedGpuSource, detect_sources
 from eadt.training.checkpoint import CheckpointStore, Manifest, Shard
 from eadt.training.engine_pool import EnginePool
 from eadt.training.engine_spec import EngineSpec

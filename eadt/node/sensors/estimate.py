@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eadt.clock import Clock
-from eadt.telemetry.sources.base import Component, Reading
-from eadt.telemetry.utilisation import CpuTimes, cgroup_core_limit, machine_id, num_cores
+from eadt.node.sensors.base import Component, Reading
+from eadt.node.utilisation import CpuTimes, cgroup_core_limit, machine_id, num_cores
 from eadt.units import Quality
 
 
@@ -44,18 +44,18 @@ class CpuEstimateSource:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         return (self._component,)
 
     def read(self) -> Sequence[Reading]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         busy_s = self._cpu_times.busy_core_seconds() - self._first_busy_s
         at_s = self._clock.monotonic_s()
         energy_j = self._idle_w * (at_s - self._first_s) + self._per_core_w * busy_s
         return [Reading(self._component, at_s, energy_j=energy_j)]
 
     def close(self) -> None:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         self._cpu_times.close()
 
 

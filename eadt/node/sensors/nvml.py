@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eadt.adapters.nvml import Nvml, NvmlGpu
 from eadt.clock import Clock
 from eadt.errors import EadtError
-from eadt.telemetry.sources.base import Component, Reading
+from eadt.node.sensors.base import Component, Reading
 from eadt.units import Quality
 
 # The power field's blind spot is from Yang, Adámek, Armour, "Part-time Power Measurements: nvidia-smi's Lack
@@ -36,7 +36,7 @@ class NvmlSource:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         return self._components
 
     @property
@@ -45,7 +45,7 @@ class NvmlSource:
         return sum(component.quality is not None for component in self._components)
 
     def read(self) -> Sequence[Reading]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         return [self._read_one(gpu, component) for gpu, component in self._gpus]
 
     def _read_one(self, gpu: NvmlGpu, component: Component) -> Reading:
@@ -61,7 +61,7 @@ class NvmlSource:
         return Reading(component, self._clock.monotonic_s())
 
     def close(self) -> None:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         self._nvml.close()
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from eadt.clock import Clock
 from eadt.errors import EadtError
-from eadt.telemetry.sources.base import Component, Reading
-from eadt.telemetry.utilisation import CpuTimes, num_cores
+from eadt.node.sensors.base import Component, Reading
+from eadt.node.utilisation import CpuTimes, num_cores
 from eadt.units import Quality
 
 # The load of a real card is never quite steady: it ripples by this fraction of its dynamic range.
@@ -83,7 +83,7 @@ class SimulatedGpuSource:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         return tuple(gpu.component for gpu in self._gpus)
 
     def set_utilisation(self, utilisation_fraction: float, gpu_index: int | None = None) -> None:
@@ -95,7 +95,7 @@ class SimulatedGpuSource:
                     gpu.told_fraction = min(max(utilisation_fraction, 0.0), 1.0)
 
     def read(self) -> Sequence[Reading]:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         with self._lock:
             self._integrate()
             return [Reading(gpu.component, self._read_at_s, energy_j=gpu.energy_j) for gpu in self._gpus]
@@ -132,6 +132,6 @@ class SimulatedGpuSource:
             return None
 
     def close(self) -> None:
-        """See :class:`eadt.telemetry.sources.PowerSource`."""
+        """See :class:`eadt.node.sensors.PowerSource`."""
         if self._cpu_times is not None:
             self._cpu_times.close()

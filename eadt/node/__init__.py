@@ -1,0 +1,1 @@
+"""One node: its agent, sensors, meter and what it can do."""

@@ -1,0 +1,1 @@
+"""The record of a run: rows, ledger files, books."""

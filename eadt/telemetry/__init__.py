@@ -1,1 +1,0 @@
-"""Reads: sensors, meter, ledger, report."""

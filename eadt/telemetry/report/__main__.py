@@ -1,7 +1,0 @@
-"""Print the JSON schema of ``report.json``: ``python -m eadt.telemetry.report > docs/report.schema.json``."""
-
-import json
-
-from eadt.telemetry.report import report_json_schema
-
-print(json.dumps(report_json_schema(), indent=2))
