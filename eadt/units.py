@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -19,6 +20,28 @@ class Quality(StrEnum):
         """The least trustworthy of them, in the order of this class; of none: ``MEASURED``."""
         order = list(cls)
         return max(qualities, key=order.index, default=cls.MEASURED)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A figure with what is known of its truth. Immutable.
+
+    Attributes:
+        value: In the unit that the owner's name says.
+        uncertainty: Half-width of the interval that the sources state, in the same unit; ``None``: not known.
+        at_least: Whether parts of it are unknown, so that the true value is at least this.
+        qualities: What went into it, as in :class:`Quality`, sorted.
+    """
+
+    value: float
+    uncertainty: float | None = None
+    at_least: bool = False
+    qualities: tuple[str, ...] = ()
+
+    def over(self, divisor: float) -> Quantity:
+        """The quotient; as uncertain, and as much "at least", as the whole."""
+        part = None if self.uncertainty is None else self.uncertainty / divisor
+        return Quantity(self.value / divisor, part, self.at_least, self.qualities)
 
 
 def sum_if_known(values: Collection[float | None]) -> float | None:
