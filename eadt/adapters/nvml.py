@@ -10,6 +10,7 @@ NVML counts references: every :meth:`Nvml.open` is paired with one :meth:`Nvml.c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,12 @@ _MILLI = 1000.0
 
 _COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
 _VIRTUALISATION_MODES = {0: "none", 1: "passthrough", 2: "vgpu", 3: "host_vgpu", 4: "host_vsga"}
+
+# Bits of nvmlClocksEventReasons (nvml.h), in our words. Not throttling, and so in none of them: an idle GPU
+# (0x1), clocks that somebody set (0x2, 0x100), and the pace of other cards in a sync boost group (0x10).
+_THROTTLE_BITS = {0x04: "power_cap", 0x20: "heat", 0x40: "heat", 0x80: "power_brake"}
+_HARDWARE_SLOWDOWN_BIT = 0x08  # set beside the bits that say why; alone, it is a draw that rose too fast
+_NO_THROTTLE_BITS = 0x01 | 0x02 | 0x10 | 0x100
 
 # What the caller does about each NVML code. Codes that are not listed may pass: retry.
 _PERMISSION_CODES = ("NVML_ERROR_NO_PERMISSION",)
@@ -59,6 +66,19 @@ class GpuMemory:
 
     used_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeProcess:
+    """A process that computes on a card.
+
+    Attributes:
+        pid: Its number as the driver gives it: in a container often the machine's, not the container's.
+        used_bytes: Device memory that it holds; ``None`` where the driver does not say.
+    """
+
+    pid: int
+    used_bytes: int | None
 
 
 class NvmlGpu:
@@ -161,6 +181,49 @@ class NvmlGpu:
         memory = self._call("nvmlDeviceGetMemoryInfo")
         return GpuMemory(used_bytes=int(memory.used), total_bytes=int(memory.total))
 
+    def temperature_c(self) -> float:
+        """Temperature of the GPU's core, in °C."""
+        return float(self._call("nvmlDeviceGetTemperature", self._nvml.constant("NVML_TEMPERATURE_GPU")))
+
+    def sm_clock_mhz(self) -> float:
+        """Present clock of the SMs, in MHz."""
+        return float(self._call("nvmlDeviceGetClockInfo", self._nvml.constant("NVML_CLOCK_SM")))
+
+    def max_sm_clock_mhz(self) -> float:
+        """Highest clock of the SMs that the card can have, in MHz."""
+        return float(self._call("nvmlDeviceGetMaxClockInfo", self._nvml.constant("NVML_CLOCK_SM")))
+
+    def throttle_reasons(self) -> frozenset[str]:
+        """Why the driver or the card slows the SMs now; empty when it does not.
+
+        ``heat``, ``power_cap`` (the power limit), ``power_brake`` (the power supply's or the chassis'
+        signal), ``hardware`` (a slowdown of the hardware that gives no closer reason) and ``other``.
+        """
+        try:
+            bits = int(self._call("nvmlDeviceGetCurrentClocksEventReasons"))
+        except DeviceUnsupportedError:  # drivers before 535 know it by its older name
+            bits = int(self._call("nvmlDeviceGetCurrentClocksThrottleReasons"))
+        reasons = {reason for bit, reason in _THROTTLE_BITS.items() if bits & bit}
+        if bits & _HARDWARE_SLOWDOWN_BIT and not reasons & {"heat", "power_brake"}:
+            reasons.add("hardware")
+        if bits & ~(_NO_THROTTLE_BITS | _HARDWARE_SLOWDOWN_BIT | sum(_THROTTLE_BITS)):
+            reasons.add("other")
+        return frozenset(reasons)
+
+    def compute_processes(self) -> list[ComputeProcess]:
+        """Processes with a compute context on the card, clients of MPS and its server included."""
+        processes = {process.pid: process for process in self._call("nvmlDeviceGetComputeRunningProcesses")}
+        with contextlib.suppress(DeviceUnsupportedError, DevicePermissionError):
+            for process in self._call("nvmlDeviceGetMPSComputeRunningProcesses"):
+                processes.setdefault(process.pid, process)
+        return [
+            ComputeProcess(
+                pid=int(process.pid),
+                used_bytes=None if process.usedGpuMemory is None else int(process.usedGpuMemory),
+            )
+            for process in processes.values()
+        ]
+
     def compute_mode(self) -> str:
         """``default``, ``exclusive_process``, ``prohibited`` or ``exclusive_thread``."""
         mode = int(self._call("nvmlDeviceGetComputeMode"))
@@ -244,6 +307,10 @@ class Nvml:
     def driver_version(self) -> str:
         """Version of the NVIDIA driver."""
         return _text(self.call("nvmlSystemGetDriverVersion", of="NVML"))
+
+    def constant(self, name: str) -> int:
+        """The value of one of the library's constants."""
+        return int(getattr(self._library, name))
 
     def call(self, function: str, *args: Any, of: str) -> Any:
         """Call one NVML function; ``of`` names the device in an error's text."""
