@@ -5,7 +5,7 @@ Owns: reading. Must not: integrate over time (the meter does), book, or decide.
 
 from __future__ import annotations
 
-from eadt.node.sensors.base import Component, PowerSource, Reading, UnmeasuredSource
+from eadt.node.sensors.base import Component, PowerSource, Reading, UnmeasuredSource, unknown_gpu
 from eadt.node.sensors.detect import Host, SourceSelection, detect_sources
 from eadt.node.sensors.estimate import CpuEstimateSource
 from eadt.node.sensors.nvml import NvmlSource
@@ -24,4 +24,5 @@ __all__ = [
     "SourceSelection",
     "UnmeasuredSource",
     "detect_sources",
+    "unknown_gpu",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from eadt.clock import Clock
 from eadt.errors import EadtError
@@ -23,6 +23,11 @@ class Component:
         detail: One sentence on how, with the known error.
         identity: Names the hardware itself, the same from wherever it is seen, so that two Ray nodes on
             one machine do not both book it.
+        resolution_s: Phases shorter than this (s) two readings cannot tell apart. 0: no such limit.
+        honest_window_s: A mean over less than this (s) is biased. 0: no such limit.
+        relative_uncertainty: Stated error of the source over long windows, a fraction; ``None``: not known.
+        greatest_power_w: What it cannot exceed, in W: a counter that grows faster has jumped. ``None``: not
+            known, and not checked.
     """
 
     name: str
@@ -30,6 +35,10 @@ class Component:
     quality: Quality | None
     detail: str
     identity: str
+    resolution_s: float = 0.0
+    honest_window_s: float = 0.0
+    relative_uncertainty: float | None = None
+    greatest_power_w: float | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -44,11 +53,23 @@ class Component:
             "quality": None if self.quality is None else str(self.quality),
             "detail": self.detail,
             "identity": self.identity,
+            "resolution_s": self.resolution_s,
+            "relative_uncertainty": self.relative_uncertainty,
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+def unknown_gpu(name: str, why: str, identity: str) -> Component:
+    """A card that is there but that nothing here can measure: it draws power, so it is never left out.
+
+    Args:
+        name: ``gpu<index>``.
+        why: Why nothing can, as the part of a sentence after "its energy is unknown:".
+        identity: Names the hardware, as in :class:`Component`.
+    """
+    return Component(name, "none", None, f"{name}: its energy is unknown: {why}", identity)
+
+
+class Reading(NamedTuple):
     """One component at one moment. With neither energy nor power it says "unknown".
 
     Attributes:
@@ -71,22 +92,23 @@ class PowerSource(Protocol):
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The components that every :meth:`read` answers, fixed for the source's life."""
+        """What it can be asked for, fixed for the source's life."""
         ...
 
-    def read(self) -> Sequence[Reading]:
-        """One reading per component, now.
+    def read(self, component: Component) -> Reading:
+        """One device, now.
 
-        Takes milliseconds at most; not thread-safe (the meter calls it under a lock). A component that
-        cannot be read is answered as unknown with its failure, and does not spoil the others.
+        Usually takes microseconds, but may block in its driver for ever: only the threads of
+        :mod:`eadt.node.readers` call it, never two at a time for one component. Different components are
+        read by different threads at once after one of them has hung.
 
         Raises:
-            EadtError: Nothing could be read at all.
+            EadtError: It cannot be read now.
         """
         ...
 
     def close(self) -> None:
-        """Let go of files and libraries. Idempotent."""
+        """Let go of files and libraries. Idempotent. May block like :meth:`read`."""
         ...
 
 
@@ -102,10 +124,9 @@ class UnmeasuredSource:
         """See :class:`PowerSource`."""
         return self._components
 
-    def read(self) -> Sequence[Reading]:
+    def read(self, component: Component) -> Reading:
         """See :class:`PowerSource`."""
-        at_s = self._clock.monotonic_s()
-        return [Reading(component, at_s) for component in self._components]
+        return Reading(component, self._clock.monotonic_s())
 
     def close(self) -> None:
         """See :class:`PowerSource`."""
