@@ -47,6 +47,15 @@ _UNSUPPORTED_CODES = (
     "NVML_ERROR_DEPRECATED",
     "NVML_ERROR_GPU_NOT_FOUND",
 )
+# What every call answers after the driver was restarted or crashed, until the library is opened anew.
+_GONE_CODES = (
+    "NVML_ERROR_UNINITIALIZED",
+    "NVML_ERROR_DRIVER_NOT_LOADED",
+    "NVML_ERROR_GPU_IS_LOST",
+    "NVML_ERROR_UNKNOWN",
+)
+# More references to the library than this are nobody's in one process.
+_MOST_REFERENCES = 64
 _FIXES = {
     "NVML_ERROR_DRIVER_NOT_LOADED": "Load the NVIDIA driver (`nvidia-smi` must work); in a container, start "
     "it with the NVIDIA runtime.",
@@ -82,9 +91,10 @@ class ComputeProcess:
 
 
 class NvmlGpu:
-    """One GPU, by its handle. Made by :meth:`Nvml.gpu`; valid until the library is closed.
+    """One GPU. Made by :meth:`Nvml.gpu`; valid until the library is closed, also after it was opened anew.
 
-    No method blocks for long (NVML answers within milliseconds); all are thread-safe, as NVML is.
+    NVML answers within milliseconds, but where the driver hangs, so does the call: whoever must not wait
+    calls from a thread of its own. All methods are thread-safe, as NVML is.
     Every reading raises :class:`DeviceUnsupportedError`, :class:`DevicePermissionError` or
     :class:`TransientDeviceError`; none answers 0 for something it does not know.
     """
@@ -93,8 +103,14 @@ class NvmlGpu:
         self.index = index
         self._nvml = nvml
         self._handle = handle
+        self._opening = nvml.opening
+        self._uuid: str | None = None
 
     def _call(self, function: str, *args: Any) -> Any:
+        if self._opening != self._nvml.opening:
+            opening = self._nvml.opening
+            self._handle = self._nvml.handle(self.index, self._uuid)
+            self._opening = opening
         return self._nvml.call(function, self._handle, *args, of=f"GPU {self.index}")
 
     def _supports(self, function: str) -> bool:
@@ -113,7 +129,9 @@ class NvmlGpu:
 
     def uuid(self) -> str:
         """The UUID that ``CUDA_VISIBLE_DEVICES`` takes, ``GPU-...``."""
-        return _text(self._call("nvmlDeviceGetUUID"))
+        if self._uuid is None:
+            self._uuid = _text(self._call("nvmlDeviceGetUUID"))
+        return self._uuid
 
     def supports_energy_counter(self) -> bool:
         """Whether :meth:`energy_j` works (Volta and newer, not on most vGPUs)."""
@@ -252,14 +270,20 @@ class Nvml:
     Args:
         library: An object with ``pynvml``'s functions and constants; ``None`` imports ``pynvml`` when
             :meth:`open` is called.
+
+    Attributes:
+        opening: Counts how often the library was opened; handles belong to one opening.
     """
 
     def __init__(self, library: Any | None = None) -> None:
         self._library = library
         self._is_open = False
+        self._num_references = 1
+        self._gone_codes: frozenset[int] = frozenset()
         self._permission_codes: frozenset[int] = frozenset()
         self._unsupported_codes: frozenset[int] = frozenset()
         self._fix_by_code: dict[int, str] = {}
+        self.opening = 0
 
     def open(self) -> None:
         """Load and initialise NVML.
@@ -284,6 +308,34 @@ class Nvml:
         self._read_codes()
         self.call("nvmlInit", of="NVML")
         self._is_open = True
+        self.opening += 1
+
+    def seems_gone(self, error: EadtError) -> bool:
+        """Whether a call failed as all do after a restart of the driver; :meth:`reopen` may then help."""
+        return getattr(error.__cause__, "value", None) in self._gone_codes
+
+    def reopen(self) -> None:
+        """Shut the library down and initialise it again, as after a restart of the driver.
+
+        The library only begins anew when nobody in the process holds it: the references of others are given
+        back too, and taken again. Every :class:`NvmlGpu` of this object finds its handle anew, by UUID.
+
+        Raises:
+            EadtError: As :meth:`open`; it can be tried again.
+        """
+        num_held = 0
+        with contextlib.suppress(EadtError):
+            while num_held < _MOST_REFERENCES:
+                self.call("nvmlShutdown", of="NVML")
+                num_held += 1
+        # A try that failed after the shutdown left nothing to count for the next one.
+        self._num_references = max(self._num_references, num_held)
+        self._is_open = False
+        for _ in range(self._num_references):
+            self.call("nvmlInit", of="NVML")
+        self._num_references = 1
+        self._is_open = True
+        self.opening += 1
 
     def close(self) -> None:
         """Give the library back. Handles from before are dead."""
@@ -298,7 +350,13 @@ class Nvml:
 
     def gpu(self, index: int) -> NvmlGpu:
         """The GPU at NVML's index (order of the PCI bus)."""
-        return NvmlGpu(self, index, self.call("nvmlDeviceGetHandleByIndex", index, of=f"GPU {index}"))
+        return NvmlGpu(self, index, self.handle(index))
+
+    def handle(self, index: int, uuid: str | None = None) -> Any:
+        """NVML's handle of a GPU, valid for this opening: by UUID where that is known, else by index."""
+        if uuid is not None:
+            return self.call("nvmlDeviceGetHandleByUUID", uuid, of=f"GPU {index}")
+        return self.call("nvmlDeviceGetHandleByIndex", index, of=f"GPU {index}")
 
     def gpus(self) -> list[NvmlGpu]:
         """All GPUs, in NVML's order."""
@@ -334,6 +392,7 @@ class Nvml:
 
         self._permission_codes = codes(_PERMISSION_CODES)
         self._unsupported_codes = codes(_UNSUPPORTED_CODES)
+        self._gone_codes = codes(_GONE_CODES)
         self._fix_by_code = {
             int(getattr(self._library, name)): fix
             for name, fix in _FIXES.items()

@@ -7,6 +7,7 @@ It answers in mW and mJ, raises pynvml's own error classes, and keeps what is se
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,6 +56,32 @@ class _Fault:
     remaining: int | None
 
 
+class Hang:
+    """A call that does not return until it is released. ``reached`` is set once a caller hangs in it."""
+
+    def __init__(self, function: str, index: int | None) -> None:
+        self.function = function
+        self.index = index
+        self.reached = threading.Event()
+        self._released = threading.Event()
+
+    def release(self) -> None:
+        """Let whoever hangs go on; the call then answers, and later calls do not hang."""
+        self._released.set()
+
+    def wait(self) -> None:
+        """What the fake's function does."""
+        if not self._released.is_set():
+            self.reached.set()
+            self._released.wait()
+
+
+class _Handle(int):
+    """A GPU's index, with the load of the driver that it belongs to."""
+
+    load = 0
+
+
 @dataclass
 class FakeNvml:
     """Pass it as ``Nvml(library=FakeNvml(...))``. Energy counters follow ``clock`` and ``power_w``.
@@ -78,6 +105,10 @@ class FakeNvml:
     def __post_init__(self) -> None:
         self.num_inits = 0
         self._faults: dict[str, list[_Fault]] = {}
+        self._hangs: list[Hang] = []
+        # Counts loads of the driver; what was initialised under another one answers nothing any more.
+        self._load = self._initialised_load = 0
+        self._integrating = threading.Lock()
         self._integrated_at_s = self.clock.monotonic_s()
 
     def __getattr__(self, name: str) -> Any:
@@ -90,16 +121,43 @@ class FakeNvml:
         """Make ``function`` raise NVML error ``code``, for one GPU or all, ``times`` times or for good."""
         self._faults.setdefault(function, []).append(_Fault(code, index, times))
 
-    def _integrate(self) -> None:
-        now_s = self.clock.monotonic_s()
+    def hang(self, function: str, *, index: int | None = None) -> Hang:
+        """Make ``function`` hang, for one GPU or all, until the answer's ``release`` is called."""
+        hang = Hang(function, index)
+        self._hangs.append(hang)
+        return hang
+
+    def unload_driver(self) -> None:
+        """As ``rmmod nvidia`` below running programs, or a crash of the driver."""
+        self.driver_loaded = False
+
+    def load_driver(self) -> None:
+        """The driver is there again: counters at zero; handles and initialisations from before are dead."""
+        self.driver_loaded = True
+        self._load += 1
+        self._integrate()
         for gpu in self.gpus:
-            gpu.energy_j += gpu.power_w * (now_s - self._integrated_at_s)
-        self._integrated_at_s = now_s
+            gpu.energy_j = 0.0
+
+    def _integrate(self) -> None:
+        with self._integrating:
+            now_s = self.clock.monotonic_s()
+            for gpu in self.gpus:
+                gpu.energy_j += gpu.power_w * (now_s - self._integrated_at_s)
+            self._integrated_at_s = now_s
 
     def _enter(self, function: str, index: int | None = None) -> None:
         self.calls[function] += 1
         if self.num_inits == 0 and function != "nvmlInit":
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        if function not in ("nvmlInit", "nvmlShutdown"):
+            if not self.driver_loaded:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+            if self._initialised_load != self._load:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+        for hang in self._hangs:
+            if hang.function == function and hang.index in (None, index):
+                hang.wait()
         for fault in self._faults.get(function, ()):
             if fault.index in (None, index) and fault.remaining != 0:
                 if fault.remaining is not None:
@@ -109,6 +167,8 @@ class FakeNvml:
 
     def _gpu(self, function: str, handle: int, supported: bool = True) -> FakeGpu:
         self._enter(function, handle)
+        if isinstance(handle, _Handle) and handle.load != self._load:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
         if not supported:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         self._integrate()
@@ -119,6 +179,8 @@ class FakeNvml:
         self._enter("nvmlInit")
         if not self.driver_loaded:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        if self.num_inits == 0:
+            self._initialised_load = self._load
         self.num_inits += 1
 
     def nvmlShutdown(self) -> None:
@@ -141,7 +203,20 @@ class FakeNvml:
         self._enter("nvmlDeviceGetHandleByIndex", index)
         if not 0 <= index < len(self.gpus):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
-        return index
+        return self._handle(index)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        """As by index."""
+        found = [index for index, gpu in enumerate(self.gpus) if gpu.uuid == uuid]
+        self._enter("nvmlDeviceGetHandleByUUID", found[0] if found else None)
+        if not found:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return self._handle(found[0])
+
+    def _handle(self, index: int) -> int:
+        handle = _Handle(index)
+        handle.load = self._load
+        return handle
 
     def nvmlDeviceGetName(self, handle: int) -> str:
         """Marketing name."""

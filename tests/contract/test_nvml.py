@@ -6,6 +6,7 @@ The suite only reads, except for the fake-only tests at the end: it never change
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 
 import pynvml
@@ -161,3 +162,71 @@ class TestPowerLimitOnTheFake:
     def test_without_privilege(self):
         with pytest.raises(DevicePermissionError):
             opened(FakeNvml(privileged=False)).gpu(0).set_power_limit_w(300.0)
+
+
+class TestDriverRestart:
+    def two_cards(self) -> tuple[FakeNvml, Nvml]:
+        library = FakeNvml([FakeGpu(uuid="GPU-a", power_w=10.0), FakeGpu(uuid="GPU-b", power_w=20.0)])
+        return library, opened(library)
+
+    def test_until_reopened_every_call_fails_as_gone(self):
+        library, nvml = self.two_cards()
+        gpu = nvml.gpu(0)
+        library.unload_driver()
+        with pytest.raises(EadtError) as caught:
+            gpu.power_w()
+        assert nvml.seems_gone(caught.value)
+        library.load_driver()
+        with pytest.raises(EadtError) as caught:
+            gpu.power_w()
+        assert nvml.seems_gone(caught.value)
+        nvml.reopen()
+        assert gpu.power_w() == 10.0
+        assert gpu.energy_j() == 0.0
+
+    def test_cards_are_found_again_by_uuid_whatever_their_order(self):
+        library, nvml = self.two_cards()
+        gpus = nvml.gpus()
+        assert [gpu.uuid() for gpu in gpus] == ["GPU-a", "GPU-b"]
+        library.unload_driver()
+        library.gpus.reverse()
+        library.load_driver()
+        nvml.reopen()
+        assert [gpu.power_w() for gpu in gpus] == [10.0, 20.0]
+        assert library.calls["nvmlDeviceGetHandleByUUID"] == 2
+
+    def test_references_of_others_in_the_process_are_kept(self):
+        library, nvml = self.two_cards()
+        other = opened(library)
+        gpu = nvml.gpu(0)
+        library.unload_driver()
+        for _ in range(2):
+            with pytest.raises(DeviceUnsupportedError, match="Driver Not Loaded"):
+                nvml.reopen()
+        library.load_driver()
+        nvml.reopen()
+        assert gpu.power_w() == 10.0
+        assert library.num_inits == 2
+        other.close()
+        nvml.close()
+        assert library.num_inits == 0
+
+    def test_other_failures_are_no_reason(self):
+        library, nvml = self.two_cards()
+        library.fail("nvmlDeviceGetPowerUsage", pynvml.NVML_ERROR_TIMEOUT)
+        with pytest.raises(TransientDeviceError) as caught:
+            nvml.gpu(0).power_w()
+        assert not nvml.seems_gone(caught.value)
+
+    def test_a_hang_ends_when_released(self):
+        library, nvml = self.two_cards()
+        hang = library.hang("nvmlDeviceGetPowerUsage", index=1)
+        gpu, seen = nvml.gpu(1), []
+        assert nvml.gpu(0).power_w() == 10.0
+        thread = threading.Thread(target=lambda: seen.append(gpu.power_w()), daemon=True)
+        thread.start()
+        assert hang.reached.wait(10.0)
+        assert thread.is_alive()
+        hang.release()
+        thread.join(10.0)
+        assert seen == [20.0]
