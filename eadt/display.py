@@ -1,21 +1,41 @@
 """What a run shows while it trains: a live view on a terminal, plain lines everywhere else.
 
-Driven by the trainer's event dictionaries alone (``EnergyAdaptiveTrainer(on_event=...)``), so it knows
-nothing of Ray or of the run's objects. A display never stops training: an event that it cannot show is
-logged and left out. Its methods are thread-safe and block for the terminal only.
+Driven by event dictionaries alone (``EnergyAdaptiveTrainer(on_event=...)``), so it knows nothing of Ray or
+of the run's objects, and it computes no figure: joules per sample, energy used and to go, power and rate are
+those of :class:`~eadt.record.status.RunStatus`, which are the report's. A display never stops training: an
+event that it cannot show is logged and left out. Its methods are thread-safe and block for the terminal only.
+
+Events, by their ``type``:
+
+==============  =======================================================================================
+``phase``       ``text``: what the run is about to do.
+``progress``    ``status``: the run's :class:`~eadt.record.status.RunStatus`, about once a second.
+``decision``    A row of :mod:`eadt.record.rows` as :func:`~eadt.record.rows.as_event` gives it: its fields
+``change``      by their names there; fields that have their default may be missing. Later events with the
+``validation``  ``decision_id`` of an earlier one take its place.
+``checkpoint``
+``fault``
+``note``
+==============  =======================================================================================
+
+Events of other types are left out.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import textwrap
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -23,7 +43,11 @@ from rich.table import Table
 from rich.text import Text
 
 from eadt.clock import SYSTEM_CLOCK, Clock
-from eadt.units import format_bytes, format_duration, format_energy
+from eadt.report import words
+from eadt.units import Quantity, format_bytes, format_duration, format_quantity
+
+if TYPE_CHECKING:
+    from eadt.record.status import RunStatus
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,70 +116,56 @@ def describe(event: Event) -> str | None:
     return describer(event) if describer else None
 
 
-def describe_setpoint(setpoint: Any) -> str:
-    """A setpoint's dictionary as a short phrase: ``2 workers at 50 %``."""
-    if not isinstance(setpoint, Mapping):
-        return "?"
-    parts = [_workers(setpoint.get("num_workers"), setpoint.get("mps_active_thread_percentage"))]
-    limit_w = setpoint.get("power_limit_w")
-    if limit_w is not None:
-        parts.append(f"{limit_w:.0f} W limit")
-    if setpoint.get("paused"):
-        parts.append("paused")
-    return ", ".join(parts)
-
-
 def _one_line(text: Any) -> str:
     """The first line of a text that may hold an engine's whole output."""
     first, _, rest = str(text or "").strip().partition("\n")
     return f"{first} ..." if rest else first
 
 
-def _workers(num_workers: Any, share: Any) -> str:
-    if num_workers is None:
-        return ""
-    text = "1 worker" if num_workers == 1 else f"{num_workers} workers"
-    return text if share is None else f"{text} at {share:.0f} %"
+def _quantity(quantity: Quantity, unit: str, *, with_quality: bool = False) -> str:
+    text = format_quantity(quantity, unit, brief=True)
+    return f"{text} ({' + '.join(quantity.qualities)})" if with_quality and quantity.qualities else text
 
 
-def _progress_parts(event: Event) -> dict[str, str]:
-    """The quantities of a progress event as text, by name; unknown ones are left out."""
-    number = {name: value for name, value in event.items() if isinstance(value, int | float)}
+def progress_parts(status: RunStatus) -> dict[str, str]:
+    """The figures of a run as text with units, by name; what is not known is left out, but for power."""
     parts = {}
-    if "loss" in number:
-        parts["loss"] = f"{number['loss']:.4f}"
-    if "samples_per_second" in number:
-        parts["speed"] = f"{number['samples_per_second']:.1f} samples/s"
-    if "power_w" in number:
-        quality = event.get("power_quality")
-        parts["power"] = f"{number['power_w']:.1f} W" + (f" ({quality})" if quality else "")
+    if status.loss is not None:
+        parts["loss"] = f"{status.loss:.4f}"
+    if status.samples_per_second is not None:
+        parts["speed"] = f"{status.samples_per_second:.1f} samples/s"
+    if status.power_w is not None:
+        parts["power"] = _quantity(status.power_w, "W", with_quality=True)
     else:
         parts["power"] = "power not measured"
-    if "joules_per_sample" in number:
-        parts["efficiency"] = f"{number['joules_per_sample']:.3g} J/sample"
-    parts["workers"] = _workers(event.get("num_workers"), event.get("share_percentage"))
-    if "energy_j" in number:
-        parts["energy"] = f"{format_energy(number['energy_j'])} used"
+    if status.joules_per_sample is not None:
+        parts["efficiency"] = _quantity(status.joules_per_sample, "J/sample")
+    if status.setpoint is not None:
+        parts["setting"] = words.setpoint(status.setpoint)
+    if status.energy_j is not None:
+        parts["energy"] = f"{_quantity(status.energy_j, 'J')} used"
     left = []
-    if "eta_s" in number:
-        left.append(format_duration(round(number["eta_s"])) if number["eta_s"] >= 10 else "a few seconds")
-    if "eta_energy_j" in number:
-        left.append(format_energy(number["eta_energy_j"]))
+    if status.seconds_to_go is not None:
+        is_near = status.seconds_to_go < 10
+        left.append("a few seconds" if is_near else format_duration(round(status.seconds_to_go)))
+    if status.energy_to_go_j is not None:
+        left.append(_quantity(status.energy_to_go_j, "J"))
     if left:
         parts["left"] = " and ".join(left) + " to go"
     return {name: text for name, text in parts.items() if text}
 
 
-def _step_text(event: Event) -> str:
-    step, max_steps = event.get("step"), event.get("max_steps")
-    return f"step {step}" + (f"/{max_steps}" if max_steps else "")
+def step_text(status: RunStatus) -> str:
+    """How far a run is: ``step 120/600``."""
+    return f"step {status.step}" + (f"/{status.max_steps}" if status.max_steps else "")
 
 
 def _progress_line(event: Event) -> str:
-    parts = _progress_parts(event)
+    status: RunStatus = event["status"]
+    parts = progress_parts(status)
     if "loss" in parts:
         parts["loss"] = f"loss {parts['loss']}"
-    return ", ".join([_step_text(event), *parts.values()])
+    return ", ".join([step_text(status), *parts.values()])
 
 
 def _decision_line(event: Event) -> str | None:
@@ -168,7 +178,7 @@ def _decision_line(event: Event) -> str | None:
     action = str(event.get("action", "")).replace("_", " ")
     if verdict and outcome not in ("pending", "held"):
         return f"{head} ({action}): {verdict}"
-    change = f" {describe_setpoint(before)} → {describe_setpoint(after)}" if before != after else ""
+    change = f" {words.setpoint(before)} → {words.setpoint(after)}" if before != after else ""
     text = f"{head}: {action}{change}" + ("" if outcome in ("pending", "held") else f" ({outcome})")
     reason = str(event.get("reason") or "")
     expected = event.get("expected")
@@ -182,26 +192,16 @@ def _verdict(event: Event) -> str:
     return str(measured.get("verdict") or "") if isinstance(measured, Mapping) else ""
 
 
-def _resize_line(event: Event) -> str:
-    before, after = event.get("setpoint_before"), event.get("setpoint_after")
-    from_workers, to_workers = event.get("from_workers"), event.get("to_workers")
-    share = [
-        setpoint.get("mps_active_thread_percentage") if isinstance(setpoint, Mapping) else None
-        for setpoint in (before, after)
-    ]
-    changes = []
-    if from_workers != to_workers:
-        changes.append(f"{from_workers} → {to_workers} workers")
-    if share[0] != share[1]:
-        changes.append(f"share {share[0]} → {share[1]} %")
-    text = f"resize: {', '.join(changes) or 'same setpoint, new engines'}"
+def _change_line(event: Event) -> str:
+    text = "recovery: " if event.get("recovery") else "change: "
+    text += words.change(event)
     text += f" {_KINDS.get(str(event.get('kind')), str(event.get('kind') or ''))}".rstrip()
     seconds = event.get("seconds")
     if isinstance(seconds, int | float):
         text += f", pause {format_duration(seconds)}"
     lost = event.get("lost_steps")
     if lost is not None:
-        text += ", no step lost" if lost == 0 else f", {lost} step{'' if lost == 1 else 's'} lost"
+        text += ", no step lost" if lost == 0 else f", {words.plural(lost, 'step')} lost"
     return text
 
 
@@ -236,12 +236,84 @@ _DESCRIBERS: dict[str, Any] = {
     "phase": lambda event: str(event.get("text") or "") or None,
     "progress": _progress_line,
     "decision": _decision_line,
-    "resize": _resize_line,
+    "change": _change_line,
     "validation": _validation_line,
     "checkpoint": _checkpoint_line,
     "fault": _fault_line,
     "note": _note_line,
 }
+
+
+# -- what keeps a number beside its unit on a narrow terminal -----------------------------------------------
+
+_GLUE = "\u00a0"
+_BEFORE_UNIT = re.compile(
+    r"(?<=\d) (?=(?:[kMG]?W|[kM]?Wh|k?J|s|min|h|d|%|°C|[KMG]iB|MHz|samples|steps?|tokens|workers?)\b|%)"
+)
+_LEAST_BESIDE_LEAD = 24
+_SIGNS = re.compile(r"(?<=[≥±]) | (?=±)")
+
+
+class _Wrapped:
+    """Text that is wrapped between words, but never between a number and its unit.
+
+    Args:
+        text: What is wrapped.
+        style: Its style.
+        lead: Stands before it in the first line, in styles of its own.
+    """
+
+    def __init__(self, text: str, style: str = "", lead: Text | None = None) -> None:
+        self._text = _SIGNS.sub(_GLUE, _BEFORE_UNIT.sub(_GLUE, text))
+        self._style = style
+        self._lead = lead or Text()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lead = self._lead
+        width = max(options.max_width, 1)
+        lines = textwrap.wrap(self._text, width, initial_indent="_" * lead.cell_len)
+        if lead and (not lines or lead.cell_len + _LEAST_BESIDE_LEAD > width):
+            yield lead
+            lead, lines = Text(), textwrap.wrap(self._text, width)
+        for place, line in enumerate(lines):
+            first = lead if place == 0 else Text()
+            rest = line[first.cell_len :].replace(_GLUE, " ")
+            yield Text.assemble(first, (rest, self._style), no_wrap=True, overflow="ellipsis")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max((cell_len(word) for word in self._text.split(" ")), default=0)
+        whole = self._lead.cell_len + cell_len(self._text)
+        return Measurement(longest, max(whole, longest)).with_maximum(options.max_width)
+
+
+class _Cells:
+    """Short texts under their heads, as many beside each other as fit; none is broken."""
+
+    _GAP = 3
+
+    def __init__(self, cells: Sequence[tuple[str, str]]) -> None:
+        self._cells = cells
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line: list[tuple[str, str]] = []
+        taken = 0
+        for head, value in self._cells:
+            width = max(cell_len(head), cell_len(value))
+            if line and taken + self._GAP + width > options.max_width:
+                yield self._line(line)
+                line, taken = [], 0
+            taken += width + (self._GAP if line else 0)
+            line.append((head, value))
+        if line:
+            yield self._line(line)
+
+    def _line(self, cells: Sequence[tuple[str, str]]) -> Table:
+        table = Table.grid(padding=(0, self._GAP, 0, 0))
+        for _ in cells:
+            table.add_column(no_wrap=True)
+        table.add_row(*(Text(head, style="dim") for head, _ in cells))
+        table.add_row(*(Text(value, style="bold") for _, value in cells))
+        return table
 
 
 def _clock_text(seconds: float) -> str:
@@ -299,7 +371,7 @@ class PlainDisplay(_Display):
         super().__init__(console, clock)
         self._interval_s = interval_s
         self._last_progress_s: float | None = None
-        self._last_step: Any = None
+        self._last_step: int | None = None
         self._last_line: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -314,7 +386,7 @@ class PlainDisplay(_Display):
 
     def _take(self, event: Event) -> Text | None:
         kind = str(event.get("type"))
-        if kind == "progress" and not self._is_due(event):
+        if kind == "progress" and not self._is_due(event["status"]):
             return None
         line = describe(event)
         if line is None or (kind in ("phase", "decision") and self._last_line.get(kind) == line):
@@ -322,15 +394,15 @@ class PlainDisplay(_Display):
         self._last_line[kind] = line
         return Text(f"[{self._elapsed():>5}] {line}")
 
-    def _is_due(self, event: Event) -> bool:
+    def _is_due(self, status: RunStatus) -> bool:
         now_s = self._clock.monotonic_s()
-        is_last = event.get("step") is not None and event.get("step") == event.get("max_steps")
-        if is_last and event.get("step") == self._last_step:
+        is_last = status.max_steps is not None and status.step == status.max_steps
+        if is_last and status.step == self._last_step:
             return False
         recent = self._last_progress_s is not None and now_s - self._last_progress_s < self._interval_s
         if recent and not is_last:
             return False
-        self._last_progress_s, self._last_step = now_s, event.get("step")
+        self._last_progress_s, self._last_step = now_s, status.step
         return True
 
 
@@ -348,9 +420,9 @@ class LiveDisplay(_Display):
         self._name = name
         self._phase = "starting"
         self._spinner: Spinner | None = Spinner("dots", style="cyan")
-        self._progress: Event = {}
+        self._status: RunStatus | None = None
         self._decisions: dict[str, tuple[str, Event]] = {}
-        self._resizes: deque[tuple[str, str]] = deque(maxlen=_NUM_SHOWN)
+        self._changes: deque[tuple[str, str]] = deque(maxlen=_NUM_SHOWN)
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -376,15 +448,15 @@ class LiveDisplay(_Display):
         if kind == "phase":
             self._phase = str(event.get("text") or self._phase)
         elif kind == "progress":
-            self._progress = dict(event)
+            self._status = event["status"]
         elif kind == "decision":
             key = str(event.get("decision_id"))
             since = self._decisions[key][0] if key in self._decisions else self._elapsed()
             self._decisions[key] = (since, dict(event))
             while len(self._decisions) > _NUM_SHOWN:
                 del self._decisions[next(iter(self._decisions))]
-        elif kind == "resize":
-            self._resizes.append((self._elapsed(), _resize_line(event).removeprefix("resize: ")))
+        elif kind == "change":
+            self._changes.append((self._elapsed(), _change_line(event).removeprefix("change: ")))
         else:
             line = describe(event)
             if line is not None:
@@ -395,12 +467,12 @@ class LiveDisplay(_Display):
         """The panel as it is now."""
         with self._lock:
             parts: list[RenderableType] = [self._phase_row()]
-            if self._progress:
-                parts += [self._bar_row(), self._numbers()]
+            if self._status is not None:
+                parts += [self._bar_row(self._status), self._numbers(self._status)]
             if self._decisions:
                 parts.append(self._decision_table())
-            if self._resizes:
-                parts.append(self._resize_table())
+            if self._changes:
+                parts.append(self._change_table())
             title = Text(f" {self._name} · {self._elapsed()} ", style="bold")
             return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", padding=(0, 1))
 
@@ -412,58 +484,47 @@ class LiveDisplay(_Display):
         row.add_row(self._spinner, text)
         return row
 
-    def _bar_row(self) -> RenderableType:
-        step, max_steps = self._progress.get("step") or 0, self._progress.get("max_steps")
+    def _bar_row(self, status: RunStatus) -> RenderableType:
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        left = Text(_progress_parts(self._progress).get("left", ""), style="bold")
-        bar = ProgressBar(total=max_steps, completed=step) if max_steps else Text("")
-        row.add_row(Text(_step_text(self._progress), style="bold"), bar, left)
+        left = Text(progress_parts(status).get("left", ""), style="bold")
+        bar = ProgressBar(total=status.max_steps, completed=status.step) if status.max_steps else Text("")
+        row.add_row(Text(step_text(status), style="bold"), bar, left)
         return row
 
-    def _numbers(self) -> RenderableType:
-        parts = _progress_parts(self._progress)
-        table = Table.grid(padding=(0, 3))
+    def _numbers(self, status: RunStatus) -> RenderableType:
+        parts = progress_parts(status)
         names = {
             "loss": "loss",
             "speed": "throughput",
             "power": "power",
             "efficiency": "energy",
-            "workers": "workers",
+            "setting": "setting",
             "energy": "so far",
         }
-        shown = [(head, parts[name]) for name, head in names.items() if name in parts]
-        for _ in shown:
-            table.add_column()
-        table.add_row(*(Text(head, style="dim") for head, _ in shown))
-        table.add_row(*(Text(value, style="bold") for _, value in shown))
-        return table
+        return _Cells([(head, parts[name]) for name, head in names.items() if name in parts])
 
     def _decision_table(self) -> RenderableType:
         table = Table.grid(padding=(0, 1), expand=True)
-        for _ in range(3):
-            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
         table.add_column(ratio=1)
-        table.add_row(Text("decisions", style="dim"))
         for since, event in self._decisions.values():
             outcome = str(event.get("outcome") or "pending")
             before, after = event.get("setpoint_before"), event.get("setpoint_after")
-            change = f"{describe_setpoint(before)} → {describe_setpoint(after)}" if before != after else ""
             action = str(event.get("action", "")).replace("_", " ")
-            reason = _verdict(event) or str(event.get("reason") or "")
-            text = Text(f"{change}  " if change else "")
-            text.append(reason, style="dim")
             style = _OUTCOME_STYLES.get(outcome, "")
-            table.add_row(since, Text(action, style="bold"), Text(outcome, style=style), text)
-        return table
+            lead = Text.assemble((action, "bold"), "  ", (outcome, style), "  ")
+            change = f"{words.setpoint(before)} → {words.setpoint(after)}" if before != after else ""
+            reason = _Wrapped(_verdict(event) or _one_line(event.get("reason")), style="dim")
+            table.add_row(since, Group(_Wrapped(change, lead=lead), reason))
+        return Group(Text("decisions", style="dim"), table)
 
-    def _resize_table(self) -> RenderableType:
+    def _change_table(self) -> RenderableType:
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(no_wrap=True)
         table.add_column(ratio=1)
-        table.add_row(Text("resizes", style="dim"))
-        for since, text in self._resizes:
-            table.add_row(since, Text(text))
-        return table
+        for since, text in self._changes:
+            table.add_row(since, _Wrapped(text))
+        return Group(Text("changes", style="dim"), table)
