@@ -29,6 +29,9 @@ class FakeGpu:
         has_energy_counter: Whether the counter exists (false: before Volta).
         has_power: Whether the power reading exists (false: most vGPUs).
         has_power_limit: Whether the limit can be read.
+        event_reasons: Bits of ``nvmlClocksEventReason*``.
+        processes: Number and bytes of each process that computes on it; bytes ``None``: not said.
+        mps_processes: The same for clients of MPS; ``None``: the card has no MPS.
     """
 
     name: str = "Fake H100"
@@ -47,6 +50,12 @@ class FakeGpu:
     compute_mode: int = 0
     mig_enabled: bool = False
     virtualisation_mode: int = 0
+    temperature_c: int = 55
+    sm_clock_mhz: int = 1500
+    max_sm_clock_mhz: int = 1980
+    event_reasons: int = 0
+    processes: list[tuple[int, int | None]] = field(default_factory=list)
+    mps_processes: list[tuple[int, int | None]] | None = field(default_factory=list)
 
 
 @dataclass
@@ -274,6 +283,39 @@ class FakeNvml:
             used=gpu.used_bytes, free=gpu.total_bytes - gpu.used_bytes, total=gpu.total_bytes
         )
 
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
+        """°C; there is but one sensor."""
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU, sensor
+        return self._gpu("nvmlDeviceGetTemperature", handle).temperature_c
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        """MHz; of the SMs only."""
+        assert clock == pynvml.NVML_CLOCK_SM, clock
+        return self._gpu("nvmlDeviceGetClockInfo", handle).sm_clock_mhz
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, clock: int) -> int:
+        """MHz; of the SMs only."""
+        assert clock == pynvml.NVML_CLOCK_SM, clock
+        return self._gpu("nvmlDeviceGetMaxClockInfo", handle).max_sm_clock_mhz
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: int) -> int:
+        """Bits; drivers before 535 lack it (:meth:`fail` it with ``NVML_ERROR_FUNCTION_NOT_FOUND``)."""
+        return self._gpu("nvmlDeviceGetCurrentClocksEventReasons", handle).event_reasons
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        """The same bits under the older name."""
+        return self._gpu("nvmlDeviceGetCurrentClocksThrottleReasons", handle).event_reasons
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        """Processes with a compute context."""
+        return _processes(self._gpu("nvmlDeviceGetComputeRunningProcesses", handle).processes)
+
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        """Clients of MPS."""
+        supported = self.gpus[handle].mps_processes is not None
+        gpu = self._gpu("nvmlDeviceGetMPSComputeRunningProcesses", handle, supported)
+        return _processes(gpu.mps_processes or [])
+
     def nvmlDeviceGetComputeMode(self, handle: int) -> int:
         """Compute mode."""
         return self._gpu("nvmlDeviceGetComputeMode", handle).compute_mode
@@ -286,3 +328,7 @@ class FakeNvml:
     def nvmlDeviceGetVirtualizationMode(self, handle: int) -> int:
         """Virtualisation mode."""
         return self._gpu("nvmlDeviceGetVirtualizationMode", handle).virtualisation_mode
+
+
+def _processes(processes: list[tuple[int, int | None]]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(pid=pid, usedGpuMemory=used_bytes) for pid, used_bytes in processes]
