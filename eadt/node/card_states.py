@@ -153,10 +153,8 @@ class CardStates:
             t0, t1 = self._since_s, self._clock.monotonic_s()
             self._since_s = t1
             looks = {name: card.looks for name, card in self._cards.items() if card.is_wanted or card.looks}
-            for name, card in list(self._cards.items()):
+            for card in self._cards.values():
                 card.looks = []
-                if not card.is_wanted and not card.has_thread:
-                    del self._cards[name]
         if all(look == CardLook() for seen in looks.values() for look in seen):
             return None
         return DevicesRow(

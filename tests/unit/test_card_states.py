@@ -203,7 +203,9 @@ class TestSummary:
         assert (row.components, row.temperature_c) == (["gpu0", "gpu1"], [0.0, None])
 
     def test_only_this_runs_cards(self, clock):
-        states = self.states(clock, {"gpu0": [CardLook(0.1)] * 3, "gpu1": [CardLook(0.2)] * 3})
+        states = self.states(
+            clock, {"gpu0": [CardLook(0.1), CardLook(0.9), CardLook(0.9)], "gpu1": [CardLook(0.2)] * 2}
+        )
         states.look("gpu0")
         states.look("gpu1")
         states.set_cards(["gpu1"])
@@ -232,6 +234,9 @@ class Driver:
 
     def wait(self, name: str) -> None:
         assert self.came[name].acquire(timeout=WAIT_S)
+
+    def assert_rests(self, name: str) -> None:
+        assert not self.came[name].acquire(timeout=0.1)
 
 
 class TestThreads:
@@ -293,10 +298,13 @@ class TestThreads:
         for name in ("gpu0", "gpu1"):
             driver.wait(name)
             driver.may_go[name].release()
+            driver.assert_rests(name)
         (thread,) = (thread for thread in driver.threads() if thread.name == "eadt-look-gpu0")
         states.set_cards(["gpu1"])
         thread.join(WAIT_S)
         assert not thread.is_alive()
         states.set_cards(["gpu0"])
         driver.wait("gpu0")
+        driver.may_go["gpu0"].release()
+        driver.assert_rests("gpu0")
         states.stop()
