@@ -71,8 +71,12 @@ class PowerEstimateConfig(Section):
 
     section: ClassVar[str] = "power.estimate"
 
-    idle_w: float = Field(15.0, ge=0, description="W of the idle node.")
-    per_core_w: float = Field(12.0, ge=0, description="W that one fully used core adds.")
+    idle_w: float | None = Field(
+        None, ge=0, description="W of the node's idle CPUs. Default: by the family of its CPU."
+    )
+    per_core_w: float | None = Field(
+        None, ge=0, description="W that one fully used logical core adds. Default: by the family of its CPU."
+    )
 
 
 class SimulatedPowerConfig(Section):
