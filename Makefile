@@ -2,7 +2,7 @@
 # make test    style, types, layers and tests
 # make lint    style, types and layers only
 # make bench   the benchmarks, about 40 minutes on a quiet machine; results go to benchmarks/results/
-# make docs    what is made from the code: docs/configuration.md
+# make docs    what is made from the code: docs/configuration.md and docs/ledger.md
 # make clean   removes what tools left behind; 'make clean-all' also the environment and the runs
 #
 # The first call of any of them makes the environment .venv. PYTHON=/path/to/python3.12 chooses the Python.

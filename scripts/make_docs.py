@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eadt.config import reference_markdown
+from eadt.record.reference import ledger_markdown
 
 ROOT = Path(__file__).parents[1]
 HEAD = """\
@@ -25,7 +26,12 @@ def configuration() -> str:
     return HEAD + reference_markdown()
 
 
+TEXTS = {"configuration.md": configuration, "ledger.md": ledger_markdown}
+"""What is made, by its name in ``docs/``."""
+
+
 if __name__ == "__main__":
-    target = ROOT / "docs" / "configuration.md"
-    target.write_text(configuration(), encoding="utf-8")
-    print(f"wrote {target.relative_to(ROOT)}")
+    for name, text in TEXTS.items():
+        target = ROOT / "docs" / name
+        target.write_text(text(), encoding="utf-8")
+        print(f"wrote {target.relative_to(ROOT)}")

@@ -10,6 +10,8 @@ import yaml
 
 from eadt.cli import app
 from eadt.config import config_from_dict, load_config
+from eadt.record.reference import USE_MEANINGS, fields_of, ledger_markdown
+from eadt.record.rows import ROW_TYPES, USES, MeteredComponent, Row
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -31,6 +33,29 @@ def blocks(text: str, language: str) -> list[str]:
 def test_the_configuration_reference_is_current() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == make_docs().configuration(), "run `make docs`"
+
+
+def test_the_ledgers_reference_is_current() -> None:
+    written = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
+    assert written == make_docs().TEXTS["ledger.md"](), "run `make docs`"
+
+
+@pytest.mark.parametrize("kind", [*ROW_TYPES, MeteredComponent], ids=lambda kind: kind.__name__)
+def test_the_ledgers_reference_explains_every_field(kind: type[Row]) -> None:
+    page = ledger_markdown()
+    for name, of_type, _, meaning in fields_of(kind):
+        assert len(meaning) > 5, f"{kind.__name__}.{name} has no meaning"
+        assert "null" not in of_type or "null" in meaning.lower()
+        assert f"| `{name}` | {of_type} |" in page
+
+
+def test_the_ledgers_reference_explains_every_use_and_links_to_its_own_headings() -> None:
+    page = ledger_markdown()
+    for use in USES:
+        assert f"| `{use}` | {USE_MEANINGS[use]} |" in page
+    headings = [line.strip("# `").lower() for line in page.splitlines() if line.startswith("#")]
+    assert len(set(headings)) == len(headings)  # else a link would lead to the first of two
+    assert set(re.findall(r"\]\(#(\w+)\)", page)) <= set(headings)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def compress(file: LedgerFile, *, is_own: bool) -> Generator[None, None, None]:
         temporary = file.compressed_path.with_name(f"{file.compressed_path.name}.part")
         try:
             with temporary.open("wb") as target:
-                deflate = zlib.compressobj(6, zlib.DEFLATED, _GZIP)
+                deflate = zlib.compressobj(9, zlib.DEFLATED, _GZIP)
                 while piece := source.read(_COMPRESSED_AT_ONCE_BYTES):
                     target.write(deflate.compress(piece))
                     yield
