@@ -44,7 +44,7 @@ def test_the_ledgers_reference_is_current() -> None:
 def test_the_ledgers_reference_explains_every_field(kind: type[Row]) -> None:
     page = ledger_markdown()
     for name, of_type, _, meaning in fields_of(kind):
-        assert len(meaning) > 5, f"{kind.__name__}.{name} has no meaning"
+        assert len(meaning.removesuffix("Null: not known.")) > 3, f"{kind.__name__}.{name} has no meaning"
         assert "null" not in of_type or "null" in meaning.lower()
         assert f"| `{name}` | {of_type} |" in page
 
