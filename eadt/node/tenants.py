@@ -4,11 +4,13 @@ Owns: the registration of a run's agents (``tenant.json`` in the agent's folder 
 time of all processes, from ``/proc``. Must not: know about power, or decide what a note says.
 
 A *tenant* is a run that trains here: this run, every other run whose agent is registered and lives, and every
-Ray worker that works for neither (``ray::IDLE`` and Ray's own services do not count, nor does a worker with
-less than 0.05 cores). To a tenant belongs what its agents and its other processes (hosts, coordinator,
-driver) have started. The machine's CPU and DRAM energy is split by the tenants' CPU time; the rest of the
-machine's work, the system's and Ray's own, follows in the same proportion. So the parts of two runs over the
-same time add up to one, and a run beside tenants that did nothing at all gets an equal part.
+Ray worker that works for neither. Of these workers some do not count: idle ones, services of Ray's and of
+EADT's (a coordinator that nobody claims works for some run, and little), those that use less than 0.05 cores,
+and those first seen at work less than a minute ago, which may be hosts of this run that have not said so yet.
+To a tenant belongs what its agents and its other processes (hosts, coordinator, driver) have started. The
+machine's CPU and DRAM energy is split by the tenants' CPU time; the rest of the machine's work, the system's
+and Ray's own, follows in the same proportion. So the parts of two runs over the same time add up to one; a
+run beside tenants that did nothing at all gets an equal part.
 
 What it cannot see. In a container with processes of its own (``can_see_machine`` false) tenants in other
 containers are invisible, and the run takes itself for alone; ``foreign_fraction`` may still show them, since
@@ -43,13 +45,17 @@ _RAY_WORKER = "ray::"
 # The kernel keeps 15 characters of a process's name.
 _RAY_SERVICES = (
     "ray::IDLE", "ray::SPILL_", "ray::RESTORE_", "ray::DELETE_", "ray::DashboardA", "ray::RuntimeEnv",
+    "ray::TrainContr", "ray::TrainState", "ray::Preemption", "ray::PlacementG", "ray::Synchroniz",
+    "ray::JobSupervi", "ray::_StatsActo", "ray::Autoscalin", "ray::Coordinato", "ray::EnergySupe",
 )  # fmt: skip
-_RAY_DAEMONS = (*_RAY_SERVICES, "raylet", "gcs_server", "ray-dashboard")
+_RAY_DAEMONS = (_RAY_WORKER, "raylet", "gcs_server", "ray-dashboard")
 _MPS_SERVER = "nvidia-cuda-mps"
 
 _NOTICED_CORES = 0.05
 """A Ray worker that uses less is somebody's service actor, not a tenant."""
 _NOTICED_TICKS = 3
+_UNCLAIMED_S = 60.0
+"""So long may a run take until it says which workers are its hosts."""
 _USUAL_CORES = 0.05
 """What a system's own services use; not worth a word."""
 _SHORTEST_FOREIGN_S = 1.0
@@ -170,6 +176,7 @@ class Tenants:
         self._base: _Scan | None = None
         self._newest = _Scan(at_s=float("-inf"))
         self._unmatched: dict[_Key, int] = {}
+        self._at_work_since_s: dict[_Key, float] = {}
 
     @property
     def can_see_machine(self) -> bool:
@@ -286,16 +293,30 @@ class Tenants:
                 if scan.has(key):
                     roots[key[0]] = owner
         roots |= dict.fromkeys(own, _OWN)
-        for process in scan.processes.values():
-            if process.title.startswith(_RAY_WORKER) and not process.title.startswith(_RAY_SERVICES):
-                if process.pid in roots:
-                    continue
-                roots[process.pid] = f"Ray worker {_ray_name(self._proc, process)}"
-                if hidden:
-                    with contextlib.suppress(OSError):
-                        uid = (self._proc / str(process.pid)).stat().st_uid
-                        scan.runs.update(f"run {run}" for run in hidden[uid])
+        for process in self._unclaimed_workers(scan, roots):
+            roots[process.pid] = f"Ray worker {_ray_name(self._proc, process)}"
+            if hidden:
+                with contextlib.suppress(OSError):
+                    uid = (self._proc / str(process.pid)).stat().st_uid
+                    scan.runs.update(f"run {run}" for run in hidden[uid])
         return roots
+
+    def _unclaimed_workers(self, scan: _Scan, claimed: Collection[int]) -> list[_Process]:
+        """Ray workers that have been at work for a while and that no run has claimed."""
+        workers = [
+            process
+            for process in scan.processes.values()
+            if process.title.startswith(_RAY_WORKER) and not process.title.startswith(_RAY_SERVICES)
+        ]
+        for process in workers:
+            self._at_work_since_s.setdefault(process.key, scan.at_s)
+        self._at_work_since_s = {k: since_s for k, since_s in self._at_work_since_s.items() if scan.has(k)}
+        latest_s = scan.at_s - _UNCLAIMED_S
+        return [
+            process
+            for process in workers
+            if process.pid not in claimed and self._at_work_since_s[process.key] <= latest_s
+        ]
 
     def _publish(self, folder: Path, registration: _Registration, others: list[_Key]) -> None:
         if others != registration.others:

@@ -174,6 +174,8 @@ class TestShare:
         assert refused
         machine.set(60, 1, title="ray::NodeAgent")
         ours.own_fraction()
+        machine.clock.advance(60.0)
+        ours.own_fraction()
         machine.set(60, 1, 3.0, title="ray::NodeAgent")
         machine.set(10, 1, 1.0)
         answer = ours.own_fraction()
@@ -186,18 +188,23 @@ class TestRayWorkers:
         machine.set(5, 1, title="raylet")
         titles = {
             10: "ray::NodeAgent", 11: "ray::RayTrainWor", 30: "ray::IDLE", 31: "ray::DashboardA",
-            32: "ray::RuntimeEnv", 33: "ray::SPILL_Spil", 34: "ray::IDLE_Spill",
+            32: "ray::RuntimeEnv", 33: "ray::SPILL_Spil", 34: "ray::IDLE_Spill", 35: "ray::TrainContr",
+            36: "ray::Coordinato",
         }  # fmt: skip
         for pid, title in titles.items():
             machine.set(pid, 5, title=title)
         machine.register("a", 10)
         ours = machine.tenants("a", own_pids=(11,))
+        machine.clock.advance(100.0)
         for pid, title in titles.items():
-            machine.set(pid, 5, 1.0, title=title)
-        assert ours.own_fraction() == OwnFraction(None, (), 2.0, None)
+            machine.set(pid, 5, 10.0, title=title)
+        assert ours.own_fraction() == OwnFraction(None, (), 20.0, None)
         machine.set(40, 5, 2.0, title="ray::LongNamedT", command="ray::LongNamedTrainer.fit  ")
+        assert ours.own_fraction() == OwnFraction(None, (), 0.0, None)  # could yet be a host of ours
+        machine.clock.advance(60.0)
+        machine.set(40, 5, 4.0, title="ray::LongNamedT", command="ray::LongNamedTrainer.fit  ")
         machine.set(41, 40, 4.0)
-        machine.set(11, 5, 3.0, title="ray::RayTrainWor")
+        machine.set(11, 5, 12.0, title="ray::RayTrainWor")
         assert ours.own_fraction() == OwnFraction(0.25, ("Ray worker LongNamedTrainer",), 2.0, None)
 
     def test_one_that_hardly_works_is_none(self, machine):
@@ -205,6 +212,8 @@ class TestRayWorkers:
         machine.set(40, 1, 1.0, title="ray::Controller")
         machine.register("a", 10)
         ours = machine.tenants()
+        machine.clock.advance(60.0)
+        ours.own_fraction()
         machine.clock.advance(10.0)
         machine.set(10, 1, 1.0)
         machine.set(40, 1, 1.4, title="ray::Controller")
@@ -218,6 +227,8 @@ class TestRayWorkers:
         machine.set(40, 1, title="ray::task")
         machine.register("a", 10)
         ours = machine.tenants()
+        machine.clock.advance(60.0)
+        ours.own_fraction()
         machine.set(10, 1, 1.0)
         machine.set(40, 1, 1.0, title="ray::IDLE")
         assert ours.own_fraction().fraction == 0.5
@@ -230,6 +241,8 @@ class TestRayWorkers:
         machine.set(11, 10, title="raylet")
         machine.set(12, 11, title="ray::Other")
         ours = machine.tenants("a", own_pids=(10,))
+        machine.clock.advance(60.0)
+        ours.own_fraction()
         machine.set(10, 1, 1.0)
         machine.set(12, 11, 3.0, title="ray::Other")
         assert ours.own_fraction().fraction == 0.25
@@ -352,7 +365,8 @@ class TestForeignPrograms:
 
     def test_the_kernel_and_ray_are_no_foreign_programs(self, machine, ours):
         machine.set(3, 2, 1.0, title="kworker/0:1")
-        machine.set(5, 1, 2.0, title="raylet")
+        machine.set(5, 1, 1.5, title="raylet")
+        machine.set(6, 5, 0.5, title="ray::Young")
         machine.set_machine(1010.0, irq_s=500.0)
         assert ours.own_fraction().foreign_fraction == pytest.approx(0.1)
 
