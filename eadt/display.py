@@ -11,8 +11,8 @@ Events, by their ``type``:
 ``phase``       ``text``: what the run is about to do.
 ``progress``    ``status``: the run's :class:`~eadt.record.status.RunStatus`, about once a second.
 ``decision``    A row of :mod:`eadt.record.rows` as :func:`~eadt.record.rows.as_event` gives it: its fields
-``change``      by their names there; fields that have their default may be missing. Later events with the
-``validation``  ``decision_id`` of an earlier one take its place.
+``change``      by their names there. A ``decision`` with the ``decision_id`` of an earlier one takes its
+``validation``  place.
 ``checkpoint``
 ``fault``
 ``note``
@@ -24,7 +24,6 @@ Events of other types are left out.
 from __future__ import annotations
 
 import logging
-import re
 import textwrap
 import threading
 from collections import deque
@@ -246,12 +245,7 @@ _DESCRIBERS: dict[str, Any] = {
 
 # -- what keeps a number beside its unit on a narrow terminal -----------------------------------------------
 
-_GLUE = "\u00a0"
-_BEFORE_UNIT = re.compile(
-    r"(?<=\d) (?=(?:[kMG]?W|[kM]?Wh|k?J|s|min|h|d|%|°C|[KMG]iB|MHz|samples|steps?|tokens|workers?)\b|%)"
-)
 _LEAST_BESIDE_LEAD = 24
-_SIGNS = re.compile(r"(?<=[≥±]) | (?=±)")
 
 
 class _Wrapped:
@@ -264,7 +258,7 @@ class _Wrapped:
     """
 
     def __init__(self, text: str, style: str = "", lead: Text | None = None) -> None:
-        self._text = _SIGNS.sub(_GLUE, _BEFORE_UNIT.sub(_GLUE, text))
+        self._text = words.unbroken(text)  # textwrap breaks no no-break space
         self._style = style
         self._lead = lead or Text()
 
@@ -277,7 +271,7 @@ class _Wrapped:
             lead, lines = Text(), textwrap.wrap(self._text, width)
         for place, line in enumerate(lines):
             first = lead if place == 0 else Text()
-            rest = line[first.cell_len :].replace(_GLUE, " ")
+            rest = line[first.cell_len :].replace(words.NO_BREAK, " ")
             yield Text.assemble(first, (rest, self._style), no_wrap=True, overflow="ellipsis")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:

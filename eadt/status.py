@@ -1,4 +1,8 @@
-"""What runs on a Ray cluster are doing, asked of their supervisors from outside. Changes nothing."""
+"""What runs on a Ray cluster are doing, asked of the runs from outside. Changes nothing.
+
+Each run's coordinator is a named actor; its ``status()`` gives a :class:`~eadt.record.status.RunStatus` as
+plain values.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.errors import ConfigError, EnvironmentFailure
+from eadt.record.status import RunStatus
 
 _ANSWER_TIMEOUT_S = 10.0
 
 
-def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
-    """What a run's supervisor answers; see ``EnergySupervisor.status``. Blocks for some seconds.
+def fetch_status(run: str | None, address: str | None) -> RunStatus:
+    """What a run says of itself. Blocks for some seconds.
 
     Args:
         run: Name or id of the run; ``None`` for the only one that is going on.
@@ -23,18 +30,35 @@ def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
 
     Raises:
         EnvironmentFailure: EADT-301, no cluster answers; EADT-307, it refuses the token; EADT-308, no run
-            (of that name) is going on; EADT-309, its supervisor does not answer.
+            (of that name) is going on; EADT-309, it does not answer, or not in words of this version.
         ConfigError: EADT-208, several runs are meant.
     """
     run_id, answer = choose_run(_ask_clusters(address), run)
     if answer is None:
         raise EnvironmentFailure(
-            f"the supervisor of {run_id} does not answer",
+            f"the run {run_id} does not answer",
             code="EADT-309",
-            means="training goes on without it; Ray starts it again",
+            means="it is there, and may only just be starting or ending",
             fix="ask again in a moment",
         )
-    return answer
+    return understand(run_id, answer)
+
+
+def understand(run_id: str, answer: Mapping[str, Any]) -> RunStatus:
+    """An answer as the typed value.
+
+    Raises:
+        EnvironmentFailure: EADT-309, it is of another version of EADT.
+    """
+    try:
+        return msgspec.convert(dict(answer), RunStatus)
+    except msgspec.ValidationError as error:
+        raise EnvironmentFailure(
+            f"the answer of {run_id} is not understood: {error}",
+            code="EADT-309",
+            means="the run is of another version of EADT than this command; it goes on",
+            fix="ask with the version that the run was started with",
+        ) from None
 
 
 def choose_run(
@@ -43,7 +67,7 @@ def choose_run(
     """The run that is meant, with its answer.
 
     Args:
-        answers: What supervisors answered, by run id; ``None`` where one did not.
+        answers: What runs answered, by run id; ``None`` where one did not.
         run: Name or id; ``None`` for the only one.
 
     Raises:
@@ -69,29 +93,29 @@ def choose_run(
     raise EnvironmentFailure(
         "no run is going on" if run is None else f"no run {run} is going on",
         code="EADT-308",
-        means="no supervisor can be asked",
+        means="there is none to ask",
         fix=f"going on: {others}" if others else "for a run that has ended: eadt report RUN",
     )
 
 
 def _name(run_id: str, answer: dict[str, Any] | None) -> str:
-    """The run's name; a supervisor that has not seen the run yet does not know it, but the id begins so."""
-    return str((answer or {}).get("name") or run_id.rpartition("-")[0] or run_id)
+    """The run's name; of one that does not answer only the id is known, which begins with it."""
+    return str((answer or {}).get("run") or run_id.rpartition("-")[0] or run_id)
 
 
 def _ask_clusters(address: str | None) -> dict[str, dict[str, Any] | None]:
-    """What all supervisors answer, by run id; a cluster that does not is passed over if others do."""
+    """What all runs answer, by run id; a cluster that does not is passed over if others do."""
     import ray
 
     if ray.is_initialized():  # a connection that was there before is used, and left open
-        return _ask_supervisors()
+        return _ask_runs()
     answers: dict[str, dict[str, Any] | None] = {}
     failures: list[EnvironmentFailure] = []
     addresses = _addresses(address)
     for found in addresses:
         try:
             with _connected(found):
-                answers |= _ask_supervisors()
+                answers |= _ask_runs()
         except EnvironmentFailure as failure:
             failures.append(failure)
     if len(failures) == len(addresses):
@@ -109,17 +133,17 @@ def _addresses(address: str | None) -> list[str]:
     return sorted(found) or ["auto"]
 
 
-def _ask_supervisors() -> dict[str, dict[str, Any] | None]:
-    """What every supervisor of the cluster answers, by run id."""
+def _ask_runs() -> dict[str, dict[str, Any] | None]:
+    """What every run of the cluster answers, by run id."""
     import ray
 
-    from eadt.actors import NAMESPACE
-    from eadt.supervisor_actor import SUPERVISOR_PREFIX
+    from eadt.actors import NAMESPACE, coordinator_name
 
+    prefix = coordinator_name("")
     asked: dict[str, Any] = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(SUPERVISOR_PREFIX):
-            run_id = actor["name"].removeprefix(SUPERVISOR_PREFIX)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix):
+            run_id = actor["name"].removeprefix(prefix)
             try:
                 asked[run_id] = ray.get_actor(actor["name"], namespace=NAMESPACE).status.remote()
             except ValueError:

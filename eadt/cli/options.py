@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eadt.cli.output import OutputFormat
-from eadt.errors import ConfigError
+from eadt.errors import ConfigError, EnvironmentFailure
 
 RUNS_FOLDER = Path("runs")
 
@@ -51,10 +52,21 @@ def run_folder(run: str) -> Path:
 
     Raises:
         ConfigError: There is none.
+        EnvironmentFailure: This user may not look into it.
     """
     for folder in (Path(run), RUNS_FOLDER / run):
-        if (folder / "ledger").is_dir():
-            return folder
+        try:
+            if (folder / "ledger").is_dir():
+                return folder
+        except PermissionError as error:
+            raise EnvironmentFailure(
+                f"the run in {folder} cannot be read: {error.strerror}",
+                code="EADT-334",
+                means="nothing is known of the run here",
+                fix="ask as the user who started it, or get the right to read its folder",
+            ) from None
+        except OSError:  # such as a name that is too long for one
+            continue
     known = ", ".join(folder.name for folder in known_runs()[:8])
     raise ConfigError(
         f"there is no run {run}: neither {run}/ledger nor {RUNS_FOLDER / run}/ledger is here",
@@ -65,6 +77,10 @@ def run_folder(run: str) -> Path:
 
 
 def known_runs() -> list[Path]:
-    """The folders of the runs in ``runs/``, the one that was last written to first."""
-    folders = [folder for folder in RUNS_FOLDER.glob("*") if (folder / "ledger").is_dir()]
-    return sorted(folders, key=lambda folder: (folder / "ledger").stat().st_mtime, reverse=True)
+    """The folders of the runs in ``runs/``, the one that was last written to first; only what can be read."""
+    written: dict[Path, float] = {}
+    for folder in RUNS_FOLDER.glob("*"):
+        with suppress(OSError):
+            if (folder / "ledger").is_dir():
+                written[folder] = (folder / "ledger").stat().st_mtime
+    return sorted(written, key=lambda folder: written[folder], reverse=True)

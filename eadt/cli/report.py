@@ -24,6 +24,15 @@ def report(
             show_default=False,
         ),
     ] = None,
+    from_ledger: Annotated[
+        bool,
+        typer.Option(
+            "--from-ledger",
+            help="Read every row of the ledger. Without it the digest is used that the run keeps beside its "
+            "ledger, and only the rows after it are read; both give the same figures. Wanted to check them, "
+            "after files of the ledger were changed or restored, or to find damage in a run of long ago.",
+        ),
+    ] = False,
     output: FormatOption = OutputFormat.TEXT,
 ) -> None:
     """Recompute a run's report from its ledger: totals, decisions, plots.
@@ -32,15 +41,18 @@ def report(
 
     - `eadt report demo`  writes runs/demo/report.json, report.md and report.html
 
-    - `eadt report runs/demo -o json | jq .energy_j`
+    - `eadt report runs/demo -o json | jq .energy_j.total`
+
+    - `eadt report demo --from-ledger`  from every row, for example to check the digest
     """
     with Output(output) as out:
         folder = run_folder(run)
         from eadt.report import build_report, write_report
 
         wanted = _formats(formats, out)
+        made = build_report(folder, from_ledger=from_ledger)
         try:
-            paths = write_report(folder, wanted) if wanted else {}
+            paths = write_report(folder, wanted, made) if wanted else {}
         except OSError as error:
             raise EnvironmentFailure(
                 f"the report could not be written to {folder}: {error.strerror or error}",
@@ -48,7 +60,6 @@ def report(
                 means="the ledger is untouched",
                 fix="make room or check the folder's permissions; `eadt report RUN -o json` writes no file",
             ) from None
-        made = build_report(folder)
         if out.is_json:
             out.document(made.model_dump(mode="json"))
             return

@@ -1,20 +1,21 @@
-"""``eadt status``: what a run is doing, asked of its supervisor, else read from its ledger."""
+"""``eadt status``: what a run is doing, asked of the run itself, else read from its ledger."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eadt import clock
 from eadt.cli.options import AddressOption, FormatOption, known_runs, run_folder
 from eadt.cli.output import Output, OutputFormat
-from eadt.display import describe, describe_setpoint
 from eadt.errors import ConfigError, EadtError
-from eadt.record.ledger import LedgerContents, read_ledger
-from eadt.units import format_duration, format_energy
+from eadt.units import format_duration, format_quantity
+
+if TYPE_CHECKING:
+    from eadt.record.status import RunStatus
 
 _NUM_DECISIONS = 10
 _NUM_OBSERVATIONS = 5
@@ -33,10 +34,11 @@ def status(
     output: FormatOption = OutputFormat.TEXT,
     address: AddressOption = None,
 ) -> None:
-    """Show the present setpoint, the last observations, and each decision with its reason and outcome.
+    """Show how far a run is, what it draws, its setting, and each decision with its reason and outcome.
 
-    A run that is going on is asked through its supervisor, an actor in the Ray namespace `eadt`; where that
-    does not answer, and for runs that have ended, the ledger in the run's folder is read.
+    A run that is going on is asked itself, through an actor in the Ray namespace `eadt`; where that does not
+    answer, and for runs that have ended, the ledger in the run's folder is read. A run that ended without a
+    word is shown as crashed, with when it was last heard of.
 
     - `eadt status`
 
@@ -47,29 +49,39 @@ def status(
     with Output(output) as out:
         found = _find(run, address, out)
         if out.is_json:
-            out.document(found)
+            out.document(found.as_dict())
         else:
             _show(found, out)
 
 
-def _find(run: str | None, address: str | None, out: Output) -> dict[str, Any]:
-    folder = _local_folder(run)
-    from_ledger = status_from_ledger(folder) if folder is not None else None
+def _find(run: str | None, address: str | None, out: Output) -> RunStatus:
     # Who names a cluster means what goes on there, not what lies here.
     is_of_cluster = address is not None or (run is None and bool(os.environ.get("RAY_ADDRESS")))
-    if from_ledger is not None and from_ledger["status"] != "running" and not is_of_cluster:
+    from_ledger: RunStatus | None = None
+    trouble: EadtError | None = None
+    try:
+        folder = _local_folder(run)
+        from_ledger = None if folder is None else status_from_ledger(folder, out)
+    except EadtError as error:  # the run itself may answer, whatever its ledger is like
+        trouble = error
+    if from_ledger is not None and not is_of_cluster and _has_ended(from_ledger):
         return from_ledger
     if from_ledger is not None and not (run is None and is_of_cluster):
-        run = str(from_ledger["run_id"] or from_ledger["run"])
+        run = from_ledger.run_id or from_ledger.run
     try:
         from eadt.status import fetch_status
 
-        return {"source": "supervisor", **fetch_status(run, address)}
+        return fetch_status(run, address)
     except EadtError as error:
         if from_ledger is None:
-            raise
-        out.remark(f"The supervisor did not answer ({error.what}); this is from the ledger.")
+            raise trouble or error from None
+        if from_ledger.status != "crashed":  # of one that is dead it is no news that it does not answer
+            out.remark(f"The run did not answer ({error.what}); this is from its ledger.")
         return from_ledger
+
+
+def _has_ended(status: RunStatus) -> bool:
+    return status.status in ("completed", "interrupted", "failed")
 
 
 def _local_folder(run: str | None) -> Path | None:
@@ -81,99 +93,108 @@ def _local_folder(run: str | None) -> Path | None:
         return None
 
 
-def status_from_ledger(folder: Path) -> dict[str, Any]:
-    """The same fields that the supervisor answers, as far as the ledger has them.
+def status_from_ledger(folder: Path, out: Output) -> RunStatus:
+    """The status of a run as far as its ledger tells; what could not be read of it is remarked.
 
     Args:
         folder: The run's folder.
+        out: Takes the remarks.
 
-    Returns:
-        ``run``, ``run_id``, ``status``, ``setpoint``, ``progress``, ``observations``, ``decisions`` and how
-        old the last entry is, ``age_s``.
+    Raises:
+        ConfigError: The ledger holds nothing that can be used.
+        EnvironmentFailure: It cannot be read here.
     """
-    contents = read_ledger(folder / "ledger")
-    if not contents.rows:
-        raise ConfigError(
-            f"the ledger in {folder / 'ledger'} has no readable row yet",
-            code="EADT-332",
-            means="the run is only just starting, or ended before it booked anything",
-            fix="ask again in a moment",
-        )
-    runs = contents.of_type("run")
-    last_run = runs[-1] if runs else {}
-    generations = [row for row in contents.of_type("generation") if row.get("event") == "started"]
-    return {
-        "source": "ledger",
-        "run": next((row["name"] for row in reversed(runs) if row.get("name")), folder.name),
-        "run_id": next((row["run_id"] for row in reversed(runs) if row.get("run_id")), None),
-        "status": str(last_run.get("status") or "running"),
-        "age_s": max(0.0, clock.unix_s() - max(float(row["unix_s"]) for row in contents.rows)),
-        "setpoint": generations[-1].get("setpoint") if generations else None,
-        "progress": _progress(contents),
-        "observations": [_plain(row) for row in contents.of_type("observation")[-_NUM_OBSERVATIONS:]],
-        "decisions": _decisions(contents)[-_NUM_DECISIONS:],
-    }
+    from eadt.record.status import run_status
+    from eadt.report.document import ledger_state, read_books
+
+    opened = read_books(folder)
+    for sentence in ledger_state(opened.books, opened.damage).damage:
+        out.remark(f"The ledger in {folder} is not whole. {sentence}")
+    return run_status(opened.books, None, now_unix_s=clock.unix_s())
 
 
-def _progress(contents: LedgerContents) -> dict[str, Any] | None:
-    steps = [row for row in contents.of_type("step") if row.get("primary")]
-    if not steps:
-        return None
-    last = steps[-1]
-    return {name: last.get(name) for name in ("step", "loss", "learning_rate", "world_size")}
+# -- as text ------------------------------------------------------------------------------------------------
 
 
-def _decisions(contents: LedgerContents) -> list[dict[str, Any]]:
-    """One entry a decision, as its newest row has it."""
-    newest: dict[str, dict[str, Any]] = {}
-    for row in contents.of_type("decision"):
-        key = str(row.get("decision_id"))
-        newest[key] = {**newest.get(key, {}), **_plain(row)}
-    return list(newest.values())
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("type", "seq", "unix_s")}
-
-
-def _show(found: dict[str, Any], out: Output) -> None:
-    age_s = found.get("age_s")
-    age = f", last entry {format_duration(age_s)} ago" if isinstance(age_s, int | float) else ""
-    out.text(
-        f"{found.get('run')}: {found.get('status', 'running')} (from the {found['source']}{age})",
-        style="bold",
-    )
-    setpoint, desired = found.get("setpoint"), found.get("desired")
-    change = f", changing to {describe_setpoint(desired)}" if desired and desired != setpoint else ""
-    out.text(f"  {'setpoint:':<11} {describe_setpoint(setpoint)}{change}")
-    progress = found.get("progress")
-    if isinstance(progress, dict) and progress.get("step") is not None:
-        loss = progress.get("loss")
-        loss_text = f", loss {loss:.4f}" if isinstance(loss, int | float) else ""
-        of_text = f"/{progress['max_steps']}" if progress.get("max_steps") else ""
-        out.text(f"  {'progress:':<11} step {progress['step']}{of_text}{loss_text}")
-    if found.get("energy_j") is not None:
-        quality = f" ({found['energy_quality']})" if found.get("energy_quality") else ""
-        out.text(f"  {'energy:':<11} {format_energy(found['energy_j'])}{quality}")
-    if found.get("waiting_for"):
-        out.text(f"  {'waiting:':<11} {found['waiting_for']}")
-    observations = found.get("observations") or []
+def _show(status: RunStatus, out: Output) -> None:
+    out.text(headline(status), style="bold")
+    for name, text in lines(status):
+        out.text(f"  {name + ':':<12} {text}")
+    observations = status.observations[-_NUM_OBSERVATIONS:]
     out.text("  last observations:" if observations else "  no observation yet")
     for row in observations:
         out.text(f"    {describe_observation(row)}")
-    decisions = found.get("decisions") or []
+    decisions = status.decisions[-_NUM_DECISIONS:]
     out.text("  decisions:" if decisions else "  no decision yet")
     for row in decisions:
         for line in describe_decision(row):
             out.text(f"    {line}")
+    for row in status.notes:
+        out.text(f"  note {row.get('code')}: {row.get('text')}")
+
+
+def headline(status: RunStatus) -> str:
+    """Which run, how it is, and how one knows: ``demo: crashed, last heard of 3 min 05 s ago (...)``."""
+    how = status.status
+    if status.age_s is not None and not _has_ended(status) and status.source == "ledger":
+        how += f", last heard of {format_duration(status.age_s)} ago"
+    source = "from its ledger" if status.source == "ledger" else "asked of the run"
+    sessions = f", session {status.session} of {status.num_sessions}" if status.num_sessions > 1 else ""
+    return f"{status.run or status.run_id or 'a run without a name'}: {how} ({source}{sessions})"
+
+
+def lines(status: RunStatus) -> list[tuple[str, str]]:
+    """What a status says, line by line, with the names of the lines."""
+    from eadt.display import progress_parts, step_text
+    from eadt.report import words
+
+    parts = progress_parts(status)
+    setting = words.setpoint(status.setpoint) if status.setpoint is not None else "none yet"
+    if status.desired and status.desired != status.setpoint:
+        setting += f", changing to {words.setpoint(status.desired)}"
+    progress = [step_text(status)]
+    progress += [f"loss {parts['loss']}"] if "loss" in parts else []
+    progress += [parts["speed"]] if "speed" in parts else []
+    progress += [parts["left"]] if "left" in parts else []
+    found = [
+        ("setting", setting),
+        ("progress", ", ".join(progress)),
+        ("time", format_duration(status.at_s)),
+        ("energy", _with_quality(status, "energy_j", "J")),
+        ("a sample", _with_quality(status, "joules_per_sample", "J/sample")),
+    ]
+    uses = [
+        f"{use} {format_quantity(part, 'J', brief=True)}"
+        for use, part in status.energy_by_use.items()
+        if part.value
+    ]
+    if uses:
+        found.append(("for", ", ".join(uses)))
+    if not _has_ended(status) and status.status != "crashed":
+        found.append(("power", _with_quality(status, "power_w", "W")))
+    if status.waiting_for:
+        found.append(("waiting for", status.waiting_for))
+    if status.phase:
+        found.append(("supervisor", status.phase + (f" (policy {status.policy})" if status.policy else "")))
+    if status.supervisor_answers is False:
+        found.append(("supervisor", "does not answer; training goes on without it"))
+    return found
+
+
+def _with_quality(status: RunStatus, name: str, unit: str) -> str:
+    quantity = getattr(status, name)
+    text = format_quantity(quantity, unit)
+    return f"{text} ({' + '.join(quantity.qualities)})" if quantity is not None else text
 
 
 def describe_observation(row: dict[str, Any]) -> str:
     """One observation as a line."""
-    parts = [f"at {row.get('at_s', 0):.0f} s", describe_setpoint(row.get("setpoint"))]
+    from eadt.report import words
+
+    parts = [f"at {_seconds(row)}", words.setpoint(row.get("setpoint"))]
     speed, power_w = row.get("samples_per_second"), row.get("power_w")
     parts.append("no step ended" if speed is None else f"{speed:.2f} samples/s")
-    quality = row.get("quality")
+    quality = row.get("quality") or "measured"
     parts.append("power not measured" if power_w is None else f"{power_w:.1f} W ({quality})")
     efficiency = row.get("efficiency_samples_per_j")
     if efficiency is not None:
@@ -183,9 +204,11 @@ def describe_observation(row: dict[str, Any]) -> str:
 
 def describe_decision(row: dict[str, Any]) -> list[str]:
     """A decision in lines: what and why, what was expected, what came of it."""
+    from eadt.display import describe
+
     what = describe({**row, "type": "decision", "measured": None, "expected": None, "repeats": 1})
     repeats = int(row.get("repeats") or 1)
-    lines = [f"at {row.get('at_s', 0):.0f} s: {what}" + (f" ({repeats} times)" if repeats > 1 else "")]
+    lines = [f"at {_seconds(row)}: {what}" + (f" ({repeats} times)" if repeats > 1 else "")]
     expected, measured = row.get("expected"), row.get("measured")
     outcome = str(row.get("outcome") or "pending")
     if outcome in ("held", "refused"):
@@ -195,3 +218,8 @@ def describe_decision(row: dict[str, Any]) -> list[str]:
     verdict = str(measured.get("verdict") or "") if isinstance(measured, dict) else ""
     lines.append(f"  outcome:  {verdict or outcome}")
     return lines
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    at_s = row.get("at_s")
+    return "?" if at_s is None else f"{at_s:.0f} s"

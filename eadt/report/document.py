@@ -1,33 +1,33 @@
-"""The report as a document: its fields, their units, and how it is built from a run's folder.
+"""The report as a document: its fields, their units, and how it is filled from a run's books.
 
-Owns the shape of ``report.json``, whose JSON schema is ``docs/report.schema.json``. ``None`` means
-*not known*, everywhere; a known zero is 0.
+Owns the shape of ``report.json``, whose JSON schema is ``docs/report.schema.json``. Every figure is one of
+:class:`~eadt.record.books.Books`; none is computed here. ``None`` means *not known*, everywhere; a known zero
+is 0.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from eadt.clock import SYSTEM_CLOCK, Clock
-from eadt.errors import ConfigError
-from eadt.record.ledger import LedgerContents, read_ledger
-from eadt.report.accounting import Account, Booked, Row, account_for
-from eadt.report.series import Series, build_series
-from eadt.report.timeline import USES, Use
-from eadt.units import format_duration
+from eadt.errors import ConfigError, EnvironmentFailure
+from eadt.record.books import Books
+from eadt.record.figures import DeviceTally, NodeTally, NotMeasured, PartTally, Series, SessionTally
+from eadt.record.ledger import Damage, OpenedLedger, open_books
+from eadt.record.rows import USES, DecisionRow, Use
+from eadt.record.status import RunStatus, run_status
+from eadt.report.words import listed, moment
+from eadt.units import Quantity, format_duration
 
 LEDGER_FOLDER = "ledger"
 """Name of the ledger's folder within a run's folder."""
 
-_SILENT_S = 180.0
-"""A run that says it is running but has booked nothing for so long (s) is taken for dead."""
-
-_MAX_GAPS = 100
+_FINAL = ("completed", "interrupted", "failed")
 
 
 class _Frozen(BaseModel):
@@ -37,81 +37,73 @@ class _Frozen(BaseModel):
 class RunSummary(_Frozen):
     """Which run this is."""
 
-    id: str | None = Field(description="Identifier of the run.")
+    id: str | None = Field(description="Identifier of the run, the same in all of its sessions.")
     name: str = Field(description="Name of the run.")
     status: str = Field(
-        description="running, completed, interrupted or failed, as booked; crashed where the run was not "
-        "ended and nothing comes from it any more."
+        description="completed, interrupted or failed, as its last session ended; running where it has not "
+        "ended and was heard of lately; crashed where nothing comes from it any more."
     )
+    reason: str = Field(description="Why it ended so; empty where nothing was said.")
     num_params: int | None = Field(description="Parameters of the model.")
     train_batch_size: int | None = Field(description="Samples per optimizer step.")
     sequence_length: int | None = Field(description="Tokens per sample.")
+    max_steps: int | None = Field(description="Optimizer steps at which it is complete.")
     versions: dict[str, str] = Field(description="Versions of the software.")
-    started_unix_s: float = Field(description="Start, seconds since 1970-01-01 UTC.")
-    ended_unix_s: float | None = Field(description="End, seconds since 1970-01-01 UTC; null while it runs.")
+    started_unix_s: float | None = Field(description="Start, seconds since 1970-01-01 UTC.")
+    heard_unix_s: float | None = Field(description="Last row in the ledger, seconds since 1970-01-01 UTC.")
+    ended_unix_s: float | None = Field(description="End; null while it runs, and where it ended unheard.")
     wall_s: float = Field(description="Time that its sessions took in s, without the time between them.")
-    num_sessions: int = Field(description="Starts: 1, plus one for every resumption.")
-
-
-class NodeSummary(_Frozen):
-    """One node and what it could measure."""
-
-    node: str = Field(description="Ray node id.")
-    hostname: str | None
-    num_gpus: int | None
-    num_cores: int | None
-    sources: list[dict[str, Any]] = Field(description="Per component: source and quality.")
-    energy_j: float | None = Field(description="Energy in J; null when nothing was measured.")
-
-
-class Gap(_Frozen):
-    """A stretch of time in which the energy of a component is unknown."""
-
-    node: str
-    component: str = Field(description="'all' for a node that measured nothing.")
-    at_s: float = Field(description="Start, s since the run began.")
-    seconds: float = Field(description="Length in s.")
-    reason: str
-
-
-class NotMeasured(_Frozen):
-    """What is missing in the energy: it is unknown, and counted nowhere."""
-
-    component_seconds: float = Field(description="Seconds without a value, summed over nodes and components.")
-    fraction: float = Field(description="Their fraction of all component-seconds, 0 to 1.")
-    num_gaps: int
-    longest_gaps: list[Gap] = Field(description=f"At most {_MAX_GAPS}.")
+    num_sessions: int = Field(description="Starts: 1, plus one for every time that it went on.")
 
 
 class Energy(_Frozen):
-    """Energy in J. The parts of each split sum to the total."""
+    """Energy in J. The values of each split sum to the total, exactly; of missing uses the value is 0."""
 
-    total: float | None = Field(
-        description="All measured energy; null when nothing was measured. A lower bound where there are gaps."
+    total: Quantity | None = Field(description="All measured energy; null when nothing was measured.")
+    by_use: dict[Use, Quantity | None] = Field(description="What it was for; see docs/ledger.md.")
+    by_component: dict[str, Quantity] = Field(description="Over all nodes: cpu, dram, gpu0...")
+    by_quality: dict[str, Quantity] = Field(description="measured, estimated, simulated or stale.")
+    by_node: dict[str, Quantity] = Field(description="By Ray node id.")
+    shared_out: dict[Use, float] = Field(
+        description="J that a model, not a reading, gave to each use. They are within by_use."
     )
-    by_use: dict[Use, float | None] = Field(description="What it was for.")
-    by_component: dict[str, float] = Field(description="Over all nodes: cpu, dram, gpu0...")
-    by_quality: dict[str, float] = Field(description="measured, estimated, simulated or stale.")
-    by_node: dict[str, float] = Field(description="By Ray node id.")
-    qualities: list[str] = Field(description="Qualities in the total.")
-    qualities_by_use: dict[Use, list[str]]
-    qualities_by_component: dict[str, list[str]]
-    not_measured: NotMeasured
+    foreign: dict[str, float] = Field(
+        description="J of cards on which other programs ran too, by component. They are within the total."
+    )
+    shared_machine_s: float = Field(
+        description="Node-seconds in which only a share of the machine's cpu and dram energy is this run's."
+    )
+    not_measured: NotMeasured = Field(description="What is missing in all of the above.")
 
 
 class Loss(_Frozen):
-    """Loss at the first and the last step that counts, and at the first and last validation."""
+    """Losses of steps and validations that count."""
 
-    first: float | None
+    first: float | None = Field(description="At the first step; null too where there is only one.")
     last: float | None
-    validation_first: float | None
+    validation_first: float | None = Field(description="First of several validations; null for one alone.")
     validation_last: float | None
 
 
-class Resize(_Frozen):
-    """A change of the worker count, or (from_workers = to_workers) of the share alone."""
+class Setting(_Frozen):
+    """What was measured under one setting."""
+
+    session: int = Field(description="Index of the session, from 0.")
+    number: int = Field(description="Of the setting in its session; 0: before the first.")
+    setpoint: dict[str, Any] | None
+    seconds: float = Field(description="Job time in s.")
+    energy_j: float | None = Field(description="All energy in J; null: nothing was measured.")
+    useful_j: float | None = Field(description="Energy of useful work in J.")
+    samples: int = Field(description="Samples of steps that count.")
+    num_steps: int = Field(description="Steps that count.")
+    joules_per_sample: float | None = Field(description="All energy over samples, J.")
+
+
+class Change(_Frozen):
+    """A change of the setting, or a recovery to the same one."""
 
     at_s: float = Field(description="s since the run began.")
+    recovery: bool = Field(description="Whether the setting stayed as it was.")
     from_workers: int | None
     to_workers: int | None
     kind: str = Field(description="in_place, group or restart.")
@@ -121,13 +113,14 @@ class Resize(_Frozen):
     parts: dict[str, float] = Field(description="What the pause consisted of, in s.")
     setpoint_before: dict[str, Any] | None
     setpoint_after: dict[str, Any] | None
+    decision_id: str | None = Field(description="The decision behind it.")
 
 
 class Decision(_Frozen):
     """A decision of the energy supervisor."""
 
     decision_id: str
-    at_s: float = Field(description="s since the run began.")
+    at_s: float | None = Field(description="s since the run began.")
     action: str
     reason: str
     setpoint_before: dict[str, Any] | None
@@ -135,18 +128,21 @@ class Decision(_Frozen):
     expected: dict[str, Any] | None
     measured: dict[str, Any] | None = Field(description="What was measured after it; null until then.")
     outcome: str = Field(description="pending, kept, reverted, held, failed or refused.")
+    repeats: int | None = Field(description="How often a hold was decided in a row.")
 
 
 class Generation(_Frozen):
     """The start or the end of a generation of engines."""
 
     at_s: float
-    generation: int | None
+    generation: int
+    setting: int
     event: str
     setpoint: dict[str, Any] | None
     world_size: int | None
     micro_batch: int | None
     accumulation: int | None
+    num_devices: int | None
     reason: str
 
 
@@ -154,7 +150,7 @@ class Checkpoint(_Frozen):
     """A checkpoint that was written."""
 
     at_s: float
-    step: int | None
+    step: int
     path: str
     kind: str = Field(description="periodic, just_in_time or final.")
     seconds: float | None
@@ -179,19 +175,32 @@ class Note(_Frozen):
 
 
 class LedgerState(_Frozen):
-    """How whole the ledger was that this report was made from."""
+    """How whole the ledger was that this report was made from, and what of it was left out."""
 
     num_files: int
-    num_rows: int
-    num_torn: int = Field(description="Files whose last line was cut off by the end of the writer.")
-    corrupt: list[str] = Field(description="Unreadable lines, left out.")
-    unusable: list[str] = Field(description="Rows without what their type needs (type and seq), left out.")
+    num_rows: int = Field(description="Rows that were read.")
+    damage: list[str] = Field(description="What could not be used, in sentences; empty for a whole ledger.")
+    torn: list[str] = Field(description="Files whose last line was cut off by the end of the writer.")
+    num_corrupt: int = Field(description="Lines that are no rows.")
+    corrupt: list[str] = Field(description="The first of them, as file:line.")
+    unknown: dict[str, int] = Field(description="Rows of kinds that this version does not know, by kind.")
+    num_senseless: int = Field(description="Rows with a field missing or of the wrong type, left out.")
+    senseless: list[str] = Field(description="The first of them.")
+    newer: list[str] = Field(description="Files of a newer version of the format, not read.")
+    unreadable: list[str] = Field(description="Files that could not be read to their end, and why.")
+    missing: list[str] = Field(description="Files that must have been there.")
+    num_unusable: int = Field(description="Rows whose values make no sense, left out.")
+    unusable: list[str] = Field(description="The first of them.")
+    num_by_kind: dict[str, int] = Field(
+        description="Rows that were read, by kind; lists above hold some hundred of a kind at most."
+    )
+    num_dropped: int = Field(description="Rows that were delivered twice; each is counted once.")
 
 
 class Report(_Frozen):
     """Everything that is known of a run, recomputed from its ledger."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     partial: bool = Field(description="Whether the run had not come to its end.")
     partial_reason: str | None
     run: RunSummary
@@ -203,20 +212,24 @@ class Report(_Frozen):
     optimizer_steps: int = Field(description="Steps that count, each once.")
     lost_steps: int = Field(description="Steps that were completed and undone by a rollback.")
     num_rollbacks: int
-    joules_per_sample: float | None = Field(description="Total energy over samples, J.")
-    joules_per_token: float | None = Field(description="Total energy over tokens, J.")
+    joules_per_sample: Quantity | None = Field(description="Total energy over samples, J.")
+    useful_joules_per_sample: Quantity | None = Field(description="Energy of useful work over samples, J.")
+    joules_per_token: Quantity | None = Field(description="Total energy over tokens, J.")
     samples_per_second: float | None = Field(description="Samples over wall_s.")
-    mean_power_w: float | None = Field(
+    mean_power_w: Quantity | None = Field(
         description="Total energy over the time covered, W; null where more than 5 % is not measured."
     )
     loss: Loss
-    resizes: list[Resize]
+    settings: list[Setting]
+    changes: list[Change]
     decisions: list[Decision]
     generations: list[Generation]
     checkpoints: list[Checkpoint]
     faults: list[Fault]
     notes: list[Note]
-    nodes: list[NodeSummary]
+    sessions: list[SessionTally]
+    nodes: list[NodeTally]
+    devices: list[DeviceTally] = Field(description="How each card did.")
     ledger: LedgerState
     config: dict[str, Any] = Field(description="The run's configuration.")
     series: Series
@@ -227,289 +240,256 @@ def report_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Report.model_json_schema()
 
 
-def _number(row: Row, name: str) -> float | None:
-    value = row.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+_Model = TypeVar("_Model", bound=_Frozen)
 
 
-def _integer(row: Row, name: str) -> int | None:
-    value = _number(row, name)
-    return None if value is None else int(value)
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.get(name)
-    return "" if value is None else str(value)
-
-
-def _mapping(row: Row, name: str) -> dict[str, Any] | None:
-    value = row.get(name)
-    return dict(value) if isinstance(value, dict) else None
-
-
-def _at_s(booked: Booked) -> float:
-    """When it happened: the row's own time while one session makes the axis, else when it was booked."""
-    at_s = _number(booked.row, "at_s") if booked.session == 0 else None
-    return round(booked.at_s if at_s is None else at_s, 3)
-
-
-def _resize(booked: Booked) -> Resize:
-    row = booked.row
-    parts = {
-        name: float(s) for name, s in (_mapping(row, "parts") or {}).items() if isinstance(s, int | float)
-    }
-    return Resize(
-        at_s=_at_s(booked),
-        from_workers=_integer(row, "from_workers"),
-        to_workers=_integer(row, "to_workers"),
-        kind=_text(row, "kind"),
-        reason=_text(row, "reason"),
-        seconds=_number(row, "seconds"),
-        lost_steps=_integer(row, "lost_steps"),
-        parts=parts,
-        setpoint_before=_mapping(row, "setpoint_before"),
-        setpoint_after=_mapping(row, "setpoint_after"),
-    )
-
-
-def _decision(row: dict[str, Any]) -> Decision:
-    at_s = _number(row, "at_s") if row["session"] == 0 else None
-    return Decision(
-        decision_id=_text(row, "decision_id"),
-        at_s=round(row["booked_at_s"] if at_s is None else at_s, 3),
-        action=_text(row, "action"),
-        reason=_text(row, "reason"),
-        setpoint_before=_mapping(row, "setpoint_before"),
-        setpoint_after=_mapping(row, "setpoint_after"),
-        expected=_mapping(row, "expected"),
-        measured=_mapping(row, "measured"),
-        outcome=_text(row, "outcome") or "pending",
-    )
-
-
-def _generation(booked: Booked) -> Generation:
-    row = booked.row
-    return Generation(
-        at_s=_at_s(booked),
-        generation=_integer(row, "generation"),
-        event=_text(row, "event"),
-        setpoint=_mapping(row, "setpoint"),
-        world_size=_integer(row, "world_size"),
-        micro_batch=_integer(row, "micro_batch"),
-        accumulation=_integer(row, "accumulation"),
-        reason=_text(row, "reason"),
-    )
-
-
-def _checkpoint(booked: Booked) -> Checkpoint:
-    row = booked.row
-    return Checkpoint(
-        at_s=_at_s(booked),
-        step=_integer(row, "step"),
-        path=_text(row, "path"),
-        kind=_text(row, "kind"),
-        seconds=_number(row, "seconds"),
-        num_bytes=_integer(row, "num_bytes"),
-    )
-
-
-def _fault(booked: Booked) -> Fault:
-    row = booked.row
-    node = _text(row, "node") or None
-    return Fault(at_s=_at_s(booked), kind=_text(row, "kind"), node=node, detail=_text(row, "detail"))
-
-
-def _note(booked: Booked) -> Note:
-    return Note(at_s=_at_s(booked), code=_text(booked.row, "code"), text=_text(booked.row, "text"))
-
-
-def _energy(account: Account) -> Energy:
-    by_use = account.by("use")
-    known = account.total_j is not None
-    return Energy(
-        total=account.total_j,
-        by_use={use: by_use.get(use, 0.0) if known else None for use in USES},
-        by_component=account.by("component"),
-        by_quality=account.by("quality"),
-        by_node=account.by("node"),
-        qualities=account.qualities(),
-        qualities_by_use={use: account.qualities("use", use) for use in USES},
-        qualities_by_component={c: account.qualities("component", c) for c in account.by("component")},
-        not_measured=NotMeasured(
-            component_seconds=account.unmeasured_s,
-            fraction=account.unmeasured_s / account.covered_s if account.covered_s else 0.0,
-            num_gaps=len(account.unmeasured),
-            longest_gaps=[
-                Gap(
-                    node=gap.node,
-                    component=gap.component,
-                    at_s=round(gap.at_s, 3),
-                    seconds=gap.seconds,
-                    reason=gap.reason,
-                )
-                for gap in account.unmeasured[:_MAX_GAPS]
-            ],
-        ),
-    )
-
-
-def _loss(account: Account) -> Loss:
-    steps, validations = account.kept_steps, account.validations
-    return Loss(
-        first=_number(steps[0][1].row, "loss") if steps else None,
-        last=_number(steps[-1][1].row, "loss") if steps else None,
-        validation_first=_number(validations[0].row, "loss") if validations else None,
-        validation_last=_number(validations[-1].row, "loss") if validations else None,
-    )
-
-
-def _nodes(rows: Sequence[Row], by_node: dict[str, float]) -> list[NodeSummary]:
-    latest = {str(row.get("node")): row for row in rows if row["type"] == "node"}
+def _listed(model: type[_Model], rows: Iterable[tuple[float, Any]]) -> list[_Model]:
+    """Rows as entries of the report: the fields of the same name, with times on the run's axis."""
+    names = [name for name in model.model_fields if name != "at_s"]
     return [
-        NodeSummary(
-            node=node,
-            hostname=_text(row, "hostname") or None,
-            num_gpus=_integer(row, "num_gpus"),
-            num_cores=_integer(row, "num_cores"),
-            sources=[dict(source) for source in row.get("sources") or () if isinstance(source, dict)],
-            energy_j=by_node.get(node),
-        )
-        for node, row in latest.items()
+        model.model_validate({"at_s": round(at_s, 3)} | {name: getattr(row, name) for name in names})
+        for at_s, row in rows
     ]
 
 
-def _state(runs: Sequence[Row], last_unix_s: float, now_unix_s: float) -> tuple[str, str | None]:
-    """Status of the run, and why its report is partial (``None`` where it is not)."""
-    last = runs[-1] if runs else {}
-    status = str(last.get("status") or "running")
-    if last.get("event") == "ended" and status != "running":
-        reasons = {
-            "interrupted": "The run was interrupted; the same command resumes it.",
-            "failed": "The run failed before its end.",
-        }
-        return status, reasons.get(status)
-    config = last.get("config") or {}
-    training = config.get("training") if isinstance(config, dict) else None
-    interval_s = (training or {}).get("energy_monitoring_interval") or 0.0
-    silent_s = now_unix_s - last_unix_s
-    if silent_s > max(_SILENT_S, 3 * float(interval_s)):
-        return "crashed", (
-            f"The run did not end: its last entry is {format_duration(silent_s)} old, so it has "
-            "probably crashed. The same command resumes it."
-        )
-    return "running", "The run is not at its end yet."
+def _decision(row: DecisionRow) -> Decision:
+    return Decision(**{name: getattr(row, name) for name in Decision.model_fields})
 
 
-def _latest(runs: Sequence[Row], name: str) -> Any:
-    """The newest value of a column that some run row carries."""
-    return next((row[name] for row in reversed(runs) if row.get(name) is not None), None)
-
-
-def _run_summary(account: Account, runs: Sequence[Row], status: str, folder: Path) -> RunSummary:
-    ended = bool(runs) and runs[-1].get("event") == "ended"
-    newest: dict[str, Any] = {
-        name: _latest(runs, name) for name in ("num_params", "train_batch_size", "sequence_length")
-    }
-    versions = _latest(runs, "versions") or {}
-    run_id = _latest(runs, "run_id")
-    return RunSummary(
-        id=None if run_id is None else str(run_id),
-        name=str(_latest(runs, "name") or folder.name),
-        status=status,
-        num_params=_integer(newest, "num_params"),
-        train_batch_size=_integer(newest, "train_batch_size"),
-        sequence_length=_integer(newest, "sequence_length"),
-        versions={str(name): str(version) for name, version in versions.items()},
-        started_unix_s=account.sessions[0].start_unix_s,
-        ended_unix_s=float(runs[-1]["unix_s"]) if ended else None,
-        wall_s=math.fsum(session.seconds for session in account.sessions),
-        num_sessions=len(account.sessions),
+def _setting(part: PartTally) -> Setting:
+    names = [name for name in Setting.model_fields if name != "joules_per_sample"]
+    return Setting(
+        **{name: getattr(part, name) for name in names},
+        joules_per_sample=part.energy_j / part.samples
+        if part.energy_j is not None and part.samples
+        else None,
     )
 
 
-def report_from(contents: LedgerContents, run_folder: Path, now_unix_s: float) -> Report:
-    """The report of a ledger that has at least one row.
+def _energy(books: Books) -> Energy:
+    total = books.energy()
+    by_use: Mapping[str, Quantity] = books.energy_by("use")
+    none = None if total is None else Quantity(0.0, 0.0)
+    return Energy(
+        total=total,
+        by_use={use: by_use.get(use, none) for use in USES},
+        by_component=books.energy_by("component"),
+        by_quality=books.energy_by("quality"),
+        by_node=books.energy_by("node"),
+        shared_out={use: books.shared_out_j.get(use, 0.0) for use in USES},
+        foreign=books.foreign_j,
+        shared_machine_s=books.shared_machine_s,
+        not_measured=books.not_measured,
+    )
+
+
+def _loss(series: Series) -> Loss:
+    steps = [loss for _, _, loss in series.loss.points]
+    validations = [loss for _, _, loss in series.validation_loss.points]
+    return Loss(
+        first=steps[0] if len(steps) > 1 else None,
+        last=steps[-1] if steps else None,
+        validation_first=validations[0] if len(validations) > 1 else None,
+        validation_last=validations[-1] if validations else None,
+    )
+
+
+def why_partial(status: RunStatus, reason: str) -> str | None:
+    """Why the report of a run is partial, in a sentence; ``None`` where the run came to its end.
 
     Args:
-        contents: The ledger.
+        status: What the run says of itself.
+        reason: Why its last session ended, where it said so.
+    """
+    because = f" ({reason})" if reason else ""
+    if status.status == "completed":
+        return None
+    if status.status == "interrupted":
+        return f"The run was interrupted{because}; the same command goes on from its last checkpoint."
+    if status.status == "failed":
+        return f"The run failed before its end{because}."
+    heard = ""
+    if status.heard_unix_s is not None:
+        age = "" if status.age_s is None else f", {format_duration(status.age_s)} before this report"
+        heard = f" last heard of at {moment(status.heard_unix_s)}{age}"
+    if status.status == "crashed":
+        return (
+            f"The run ended without a word: it was{heard}. "
+            "What came after is unknown; the same command goes on from its last checkpoint."
+        )
+    if status.status == "unknown":
+        return f"The ledger does not say how the run began or ended; it was{heard}."
+    return f"The run goes on; it was{heard}."
+
+
+def _run(books: Books, status: RunStatus, reason: str, run_folder: Path) -> RunSummary:
+    facts, sessions = books.run, books.sessions
+    heard_unix_s = sessions[-1].heard_unix_s if sessions else None
+    return RunSummary(
+        id=facts.run_id,
+        name=facts.name or run_folder.name,
+        status=status.status,
+        reason=reason,
+        num_params=facts.num_params,
+        train_batch_size=facts.train_batch_size,
+        sequence_length=facts.sequence_length,
+        max_steps=facts.max_steps,
+        versions=facts.versions,
+        started_unix_s=sessions[0].started_unix_s if sessions else None,
+        heard_unix_s=heard_unix_s,
+        ended_unix_s=heard_unix_s if status.status in _FINAL else None,
+        wall_s=sum(session.seconds for session in sessions),
+        num_sessions=len(sessions),
+    )
+
+
+def ledger_state(books: Books, damage: Damage) -> LedgerState:
+    """What could be read of a ledger, and what could not."""
+    sentences = damage.sentences()
+    if books.num_unusable:
+        sentences.append(
+            f"Rows whose values make no sense, left out ({books.num_unusable}): {listed(books.unusable, 5)}."
+        )
+    return LedgerState(
+        num_files=damage.num_files,
+        num_rows=damage.num_rows,
+        damage=sentences,
+        torn=damage.torn,
+        num_corrupt=damage.num_corrupt,
+        corrupt=damage.corrupt,
+        unknown=damage.unknown,
+        num_senseless=damage.num_senseless,
+        senseless=damage.senseless,
+        newer=damage.newer,
+        unreadable=damage.unreadable,
+        missing=damage.missing,
+        num_unusable=books.num_unusable,
+        unusable=list(books.unusable),
+        num_by_kind=books.row_counts,
+        num_dropped=books.num_dropped,
+    )
+
+
+def report_from(books: Books, damage: Damage, run_folder: Path, now_unix_s: float) -> Report:
+    """The report of books to which at least one row was added.
+
+    Args:
+        books: The run's books.
+        damage: What of the ledger could not be read.
         run_folder: For the name, where the ledger does not say it.
         now_unix_s: Wall time, to tell a running from a dead run.
     """
-    account = account_for(contents.rows)
-    runs = contents.of_type("run")
-    status, reason = _state(runs, max(float(row["unix_s"]) for row in contents.rows), now_unix_s)
-    run = _run_summary(account, runs, status, run_folder)
-    energy = _energy(account)
-    total_j = energy.total
-    job_s = math.fsum(account.seconds_by_use.values())
-    is_whole = energy.not_measured.fraction <= 0.05
-    booked = account.booked
+    status = run_status(books, None, now_unix_s=now_unix_s)
+    sessions = list(books.sessions)
+    reason = sessions[-1].reason if sessions else ""
+    if sessions:
+        sessions[-1] = replace(sessions[-1], status=status.status)
+    run = _run(books, status, reason, run_folder)
+    partial_reason = why_partial(status, reason)
+    series = books.series()
     return Report(
-        partial=reason is not None,
-        partial_reason=reason,
+        partial=partial_reason is not None,
+        partial_reason=partial_reason,
         run=run,
-        energy_j=energy,
-        seconds_by_use={use: account.seconds_by_use.get(use, 0.0) for use in USES},
-        samples=account.samples,
-        tokens=account.tokens,
-        lost_samples=account.lost_samples,
-        optimizer_steps=account.optimizer_steps,
-        lost_steps=account.lost_steps,
-        num_rollbacks=account.num_rollbacks,
-        joules_per_sample=total_j / account.samples if total_j is not None and account.samples else None,
-        joules_per_token=total_j / account.tokens if total_j is not None and account.tokens else None,
-        samples_per_second=account.samples / run.wall_s if account.samples and run.wall_s > 0 else None,
-        mean_power_w=total_j / job_s if total_j is not None and job_s > 0 and is_whole else None,
-        loss=_loss(account),
-        resizes=[_resize(item) for item in booked.get("resize", ())],
-        decisions=[_decision(row) for row in account.decisions],
-        generations=[_generation(item) for item in booked.get("generation", ())],
-        checkpoints=[_checkpoint(item) for item in booked.get("checkpoint", ())],
-        faults=[_fault(item) for item in booked.get("fault", ())],
-        notes=[_note(item) for item in booked.get("note", ())],
-        nodes=_nodes(contents.rows, energy.by_node),
-        ledger=LedgerState(
-            num_files=contents.num_files,
-            num_rows=len(contents.rows),
-            num_torn=contents.num_torn,
-            corrupt=list(contents.corrupt),
-            unusable=account.unusable,
-        ),
-        config=dict(_latest(runs, "config") or {}),
-        series=build_series(account),
+        energy_j=_energy(books),
+        seconds_by_use={use: books.seconds_by_use.get(use, 0.0) for use in USES},
+        samples=books.samples,
+        tokens=books.tokens,
+        lost_samples=books.lost_samples,
+        optimizer_steps=books.optimizer_steps,
+        lost_steps=books.lost_steps,
+        num_rollbacks=books.num_rollbacks,
+        joules_per_sample=books.joules_per_sample(),
+        useful_joules_per_sample=books.useful_joules_per_sample(),
+        joules_per_token=books.joules_per_token(),
+        samples_per_second=books.samples / run.wall_s if books.samples and run.wall_s > 0 else None,
+        mean_power_w=books.mean_power_w(),
+        loss=_loss(series),
+        settings=[_setting(part) for part in books.settings()],
+        changes=_listed(Change, books.changes),
+        decisions=[_decision(row) for row in books.decisions],
+        generations=_listed(Generation, books.generation_rows),
+        checkpoints=_listed(Checkpoint, books.checkpoints),
+        faults=_listed(Fault, books.faults),
+        notes=_listed(Note, books.notes),
+        sessions=sessions,
+        nodes=books.nodes(),
+        devices=books.devices(),
+        ledger=ledger_state(books, damage),
+        config=books.run.config,
+        series=series,
     )
 
 
-def build_report(run_folder: Path | str, clock: Clock = SYSTEM_CLOCK) -> Report:
-    """Recompute the report of a run, also of one that still runs or has crashed.
+def read_books(run_folder: Path | str, *, from_ledger: bool = False) -> OpenedLedger[Books]:
+    """The books of a run of which at least one row can be read.
 
     Args:
         run_folder: The run's folder, that with ``ledger/`` in it.
-        clock: Wall time, to tell a running from a dead run.
+        from_ledger: Read all of the ledger, not only what came after the digest.
 
     Raises:
-        ConfigError: There is no such run, or its ledger has no readable row.
+        ConfigError: EADT-331, there is no such run; EADT-332, its ledger has no row that can be used.
+        EnvironmentFailure: EADT-334, its ledger is there but cannot be read here.
     """
     folder = Path(run_folder)
     ledger = folder / LEDGER_FOLDER
-    if not ledger.is_dir():
+    try:
+        is_run = ledger.is_dir()
+    except OSError as error:
+        raise _unreadable(ledger, [f"{ledger}: {error.strerror}"]) from None
+    if not is_run:
         what = (
             f"{folder} is not the folder of a run" if folder.is_dir() else f"there is no run folder {folder}"
         )
         raise ConfigError(
             f"{what}: it has no {LEDGER_FOLDER}/ in it" if folder.is_dir() else what,
             code="EADT-331",
-            means="There is nothing to report on.",
-            fix="Give the folder that `eadt run` named, such as runs/quickstart; `ls runs` shows them.",
+            means="there is nothing to report on",
+            fix="give the folder that `eadt run` named, such as runs/quickstart; `ls runs` shows them",
         )
-    contents = read_ledger(ledger)
-    if not contents.rows:
-        damage = len(contents.corrupt) + contents.num_torn
-        raise ConfigError(
-            f"the ledger in {ledger} has no readable row"
-            + (f" ({damage} lines are damaged)" if damage else " yet"),
-            code="EADT-332",
-            means="The run ended before it booked anything, or it is only just starting.",
-            fix="Wait for the first step and ask again, or start the run again and read its first messages.",
+    opened = open_books(ledger, from_ledger=from_ledger)
+    if opened.books.num_rows:
+        return opened
+    state = ledger_state(opened.books, opened.damage)
+    if state.newer:
+        raise EnvironmentFailure(
+            f"the ledger in {ledger} was written by a newer version of EADT: {listed(state.newer)}",
+            code="EADT-334",
+            means="none of it can be read with this version; the ledger is untouched",
+            fix="read it with the version that wrote it, or a later one: pip install --upgrade eadt",
         )
-    return report_from(contents, folder, clock.unix_s())
+    if state.unreadable:
+        raise _unreadable(ledger, state.unreadable)
+    raise ConfigError(
+        f"the ledger in {ledger} has no row that can be used"
+        + (f": {' '.join(state.damage)}" if state.damage else " yet"),
+        code="EADT-332",
+        means="the run ended before it booked anything, or it is only just starting",
+        fix="wait for the first step and ask again, or start the run again and read its first messages",
+    )
+
+
+def _unreadable(ledger: Path, reasons: list[str]) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"the ledger in {ledger} cannot be read: {listed(reasons)}",
+        code="EADT-334",
+        means="nothing is known of the run here; the ledger is untouched",
+        fix="read it as the user who started the run, or see to the disk's trouble, and ask again",
+    )
+
+
+def build_report(run_folder: Path | str, clock: Clock = SYSTEM_CLOCK, *, from_ledger: bool = False) -> Report:
+    """Recompute the report of a run, also of one that still runs or has crashed.
+
+    Args:
+        run_folder: The run's folder, that with ``ledger/`` in it.
+        clock: Wall time, to tell a running from a dead run.
+        from_ledger: Read all of the ledger, not only what came after the digest.
+
+    Raises:
+        ConfigError: As :func:`read_books`.
+        EnvironmentFailure: As :func:`read_books`.
+    """
+    opened = read_books(run_folder, from_ledger=from_ledger)
+    return report_from(opened.books, opened.damage, Path(run_folder), clock.unix_s())

@@ -1,15 +1,13 @@
 """A report as JSON, Markdown or one self-contained HTML page, and the files of it.
 
-Owns the wording and the look. Every number gets its unit, every energy its quality, and what is not
-known is shown as *not measured*, never as zero.
+Owns the wording and the look. Every number gets its unit, every energy its quality and its uncertainty, and
+what is not known is shown as *not measured*, never as zero.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,113 +15,41 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from eadt.report import svg
-from eadt.report.document import Decision, Report, Resize, build_report
-from eadt.report.timeline import USES
-from eadt.units import format_bytes, format_duration, format_energy
+from eadt.record.figures import Binned, DeviceTally, SessionTally
+from eadt.record.rows import USES
+from eadt.report import svg, words
+from eadt.report.document import Change, Decision, Report, Setting, build_report
+from eadt.units import (
+    NOT_MEASURED,
+    Quantity,
+    format_bytes,
+    format_duration,
+    format_energy,
+    format_qualities,
+    format_quantity,
+)
 
 FORMATS = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 """Formats and the names of their files."""
 
-NOT_MEASURED = "not measured"
-
-_SETPOINT_NAMES = {
-    "num_workers": ("workers", ""),
-    "workers_per_gpu": ("workers a device", ""),
-    "mps_active_thread_percentage": ("share", " %"),
-    "power_limit_w": ("power limit", " W"),
-    "num_frozen_layers": ("frozen layers", ""),
-}
-_UNITS = {
-    "samples_per_second": " samples/s",
-    "tokens_per_second": " tokens/s",
-    "samples_per_j": " samples/J",
-    "_percentage": " %",
-    "_w": " W",
-    "_j": " J",
-    "_s": " s",
-}
 _USE_MEANINGS = {
+    "startup": "from the start of a session to its first step",
     "useful": "steps that count",
-    "restart": "starting and changing the engines",
+    "validation": "measuring the validation loss",
+    "input": "waiting for data",
+    "change": "changing the setting, recovering",
     "checkpoint": "saving",
-    "idle": "no engine at work",
-    "lost": "work that a fault undid",
+    "idle": "paused, parked, or a device without work",
+    "lost": "steps that a fault undid",
 }
+_MOST_COLOURED_CARDS = 4
+"""More cards than these (and cpu, dram) have no colours of their own in the plot of power."""
 
+_MOST_SENTENCES = 8
+"""Cards of which is said in a sentence that they were slowed."""
 
-def number(value: float | None, unit: str = "") -> str:
-    """A number with 3 significant digits and its unit; *not measured* where it is unknown."""
-    if value is None:
-        return NOT_MEASURED
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}".replace(",", "\u202f")
-    else:
-        digits = f"{value:.2e}"
-    return f"{digits} {unit}".strip()
-
-
-def count(value: int | None) -> str:
-    """A whole number with its thousands apart."""
-    return NOT_MEASURED if value is None else f"{value:,}".replace(",", "\u202f")
-
-
-def quality(qualities: Sequence[str]) -> str:
-    """The qualities of a number as one word or phrase, such as ``estimated`` or ``measured + estimated``."""
-    return " + ".join(qualities) if qualities else NOT_MEASURED
-
-
-def moment(unix_s: float | None) -> str:
-    """A wall time in UTC."""
-    return "" if unix_s is None else f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def change(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
-    """What differs between two setpoints, such as ``workers 4 → 2, share 50 % → 40 %``."""
-    if not after:
-        return "no change"
-    parts: list[str] = []
-    for name, value in after.items():
-        old = before.get(name) if before else None
-        if old != value:
-            label, unit = _SETPOINT_NAMES.get(name, (name.replace("_", " "), ""))
-            parts.append(f"{label} {_value(old, unit)} → {_value(value, unit)}")
-    return ", ".join(parts) or "no change"
-
-
-def _value(value: Any, unit: str = "") -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "unset"}[value]
-    return (f"{value:.4g}" if isinstance(value, float) else str(value)) + unit
-
-
-def quantity(name: str, value: Any) -> str:
-    """A field of ours with the unit that its name tells: ``power_w`` 420 is ``power 420 W``."""
-    suffix = next((end for end in _UNITS if name.endswith(end)), "")
-    label = name.removesuffix(suffix).strip("_").replace("_", " ")
-    return f"{label} {_value(value)}{_UNITS.get(suffix, '')}".strip()
-
-
-def sentence(values: Mapping[str, Any] | None, key: str) -> str:
-    """What was expected or found in one sentence, where there is one; else all of it."""
-    return str((values or {}).get(key) or "") or pairs(values)
-
-
-def pairs(values: Mapping[str, Any] | None) -> str:
-    """A small mapping as text: ``power 420 W, 10.2 samples/s``."""
-    parts: list[str] = []
-    for name, value in (values or {}).items():
-        if isinstance(value, Mapping):
-            parts.append(f"{name.replace('_', ' ')}: {pairs(value)}" if value else "")
-        elif value is not None:
-            parts.append(quantity(name, value))
-    return ", ".join(part for part in parts if part)
-
-
-def cell(value: object) -> str:
-    """Text for a cell of a Markdown table: one line, nothing that ends the cell or begins a tag."""
-    text = re.sub(r"\s+", " ", str(value)).strip()
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+_SHORTEST_GAP_S = 0.5
+"""A shorter gap (s) is not shaded in the plot."""
 
 
 def _is_change(decision: Decision) -> bool:
@@ -131,18 +57,28 @@ def _is_change(decision: Decision) -> bool:
 
 
 def _end_s(report: Report) -> float:
-    ends = [band.to_s for band in report.series.uses] + report.series.power_w.at_s
-    return max([*ends, report.run.wall_s, 1.0])
+    return max([*(to_s for _, to_s, _ in report.series.uses), report.run.wall_s, 1.0])
 
 
-def _resize_text(resize: Resize) -> str:
-    if resize.from_workers != resize.to_workers:
-        return f"workers {_value(resize.from_workers)} → {_value(resize.to_workers)}"
-    return change(resize.setpoint_before, resize.setpoint_after)
+def _change_text(item: Change) -> str:
+    return words.change(item.model_dump())
+
+
+def _session_end(session: SessionTally) -> str:
+    """How a session ended, in words."""
+    if session.status == "running":
+        return "goes on"
+    if session.status in ("no word", "crashed"):
+        return f"ended without a word, last heard of at {words.moment(session.heard_unix_s)}"
+    text = f"{session.status} at {words.moment(session.heard_unix_s)}"
+    return f"{text}: {session.reason}" if session.reason else text
+
+
+# -- plots --------------------------------------------------------------------------------------------------
 
 
 def _marks(
-    decisions: Sequence[tuple[str, Decision]], resizes: Sequence[tuple[str, Resize]]
+    decisions: Sequence[tuple[str, Decision]], carried_out: Sequence[tuple[str, Change]]
 ) -> list[svg.Mark]:
     marks = [
         svg.Mark(
@@ -150,85 +86,110 @@ def _marks(
             tag,
             "decision",
             f"{tag} {decision.action} at {format_duration(decision.at_s)}: "
-            f"{change(decision.setpoint_before, decision.setpoint_after)} ({decision.outcome})",
+            f"{words.difference(decision.setpoint_before, decision.setpoint_after)} ({decision.outcome})",
             lane=0,
         )
         for tag, decision in decisions
-        if _is_change(decision)
+        if _is_change(decision) and decision.at_s is not None
     ]
     return marks + [
         svg.Mark(
-            resize.at_s,
+            item.at_s,
             tag,
-            "resize",
-            f"{tag} {resize.kind} at {format_duration(resize.at_s)}: {_resize_text(resize)}",
+            "recovery" if item.recovery else "change",
+            f"{tag} {item.kind} at {format_duration(item.at_s)}: {_change_text(item)}",
             lane=1,
         )
-        for tag, resize in resizes
+        for tag, item in carried_out
     ]
 
 
-def _component_css(component: str, place: int) -> str:
-    return "c-total" if component == "total" else f"c-{place % 6 + 1}"
+def _power_lines(power: Binned, end_s: float) -> list[svg.Line]:
+    """A line for each component and for the total; many cards share a colour and an entry of the legend."""
+    components = [name for name in power.values if name != "total"]
+    cards = [name for name in components if name.startswith("gpu")]
+    others = [name for name in components if name not in cards]
+    named = [(name, name) for name in [*others, *cards]]
+    if len(cards) > _MOST_COLOURED_CARDS:
+        legend = f"{cards[0]} to {cards[-1]}"
+        named = [(name, name) for name in others]
+        named += [(name, legend if name == cards[0] else "") for name in cards]
+    lines = []
+    for place, (name, legend) in enumerate(named):
+        is_one_of_many = len(cards) > _MOST_COLOURED_CARDS and name in cards
+        colour = len(others) if is_one_of_many else place
+        lines.append(_binned_line(legend, f"c-{colour % 6 + 1}", power, end_s, name))
+    if len(components) != 1:
+        lines.append(_binned_line("total", "c-total", power, end_s))
+    return lines
+
+
+def _middles(binned: Binned, end_s: float) -> list[float]:
+    """The middle of each bin on the time axis; the last bin may be cut off by the end."""
+    num = max((len(values) for values in binned.values.values()), default=0)
+    starts = [place * binned.bin_s for place in range(num)]
+    return [(start + min(start + binned.bin_s, max(end_s, start))) / 2 for start in starts]
+
+
+def _binned_line(name: str, css: str, binned: Binned, end_s: float, key: str = "total") -> svg.Line:
+    values = binned.values.get(key, ())
+    return svg.Line(name, css, _middles(binned, end_s)[: len(values)], values)
 
 
 def _panels(report: Report) -> list[svg.Panel]:
-    series = report.series
-    label = quality(report.energy_j.qualities)
-    power = series.power_w
-    components = [name for name in power.values if name != "total"]
-    shown = components if len(components) == 1 else [*components, "total"]
+    series, end_s = report.series, _end_s(report)
+    total = report.energy_j.total
+    label = format_qualities(total.qualities) if total is not None else NOT_MEASURED
     gaps = [
         (
             gap.at_s,
             gap.at_s + gap.seconds,
-            f"{gap.component} on {gap.node}: {gap.reason}, {gap.seconds:.3g} s",
+            f"{gap.component} on {gap.node}: {gap.reason}, {format_duration(gap.seconds)}",
         )
-        for gap in report.energy_j.not_measured.longest_gaps
-        if gap.seconds >= 0.5
+        for gap in report.energy_j.not_measured.longest
+        if gap.seconds >= _SHORTEST_GAP_S
     ]
-    setpoint = series.setpoint
-    share = [None if value is None else float(value) for value in setpoint.thread_percentage]
-    workers = [None if value is None else float(value) for value in setpoint.num_workers]
-    losses = [svg.Line("training", "c-1", series.loss.at_s, series.loss.loss)]
-    if series.validation_loss.at_s:
-        validation = series.validation_loss
-        losses.append(svg.Line("validation", "c-2", validation.at_s, validation.loss, dots=True))
-    throughput, efficiency = series.throughput_samples_per_s, series.efficiency_samples_per_j
-    has_steps = bool(series.loss.step)
-    rate = throughput.values["total"] if has_steps else []
-    per_joule = efficiency.values["total"] if has_steps else []
+    settings_at_s = [at_s for at_s, _ in series.settings]
+
+    def settings_line(name: str, css: str, key: str) -> svg.Line:
+        values = [
+            None if (value := setpoint.get(key)) is None else float(value) for _, setpoint in series.settings
+        ]
+        return svg.Line(name, css, settings_at_s, values, steps=True)
+
+    losses = [_loss_line("training", "c-1", series.loss.points)]
+    if series.validation_loss.points:
+        losses.append(_loss_line("validation", "c-2", series.validation_loss.points, dots=True))
+    has_steps = bool(series.loss.points)
+    nothing = svg.Line("nothing", "c-1", [], [])
     return [
         svg.Panel(
             f"Power, W ({label})",
-            [
-                svg.Line(name, _component_css(name, place), power.at_s, power.values[name])
-                for place, name in enumerate(shown)
-            ],
+            _power_lines(series.power_w, end_s),
             NOT_MEASURED,
             height=150,
             shaded=gaps,
         ),
         svg.Panel(
             "Throughput, samples/s",
-            [svg.Line("throughput", "c-1", throughput.at_s[: len(rate)], rate)],
+            [_binned_line("throughput", "c-1", series.samples_per_second, end_s) if has_steps else nothing],
             "no step has ended",
         ),
         svg.Panel(
             f"Efficiency, samples/J ({label})",
-            [svg.Line("efficiency", "c-3", efficiency.at_s[: len(per_joule)], per_joule)],
+            [_binned_line("efficiency", "c-3", series.samples_per_joule, end_s) if has_steps else nothing],
             NOT_MEASURED if has_steps else "no step has ended",
         ),
         svg.Panel(
             "Active workers",
-            [svg.Line("workers", "c-4", setpoint.at_s, workers, steps=True)],
+            [settings_line("workers", "c-4", "num_workers")],
             "not known",
             height=70,
             whole=True,
         ),
         svg.Panel(
             "Share of each engine, % of its device",
-            [svg.Line("share", "c-2", setpoint.at_s, share, steps=True)],
+            [settings_line("share", "c-2", "mps_active_thread_percentage")],
             "not known",
             height=70,
             at_most=100.0,
@@ -237,95 +198,272 @@ def _panels(report: Report) -> list[svg.Panel]:
     ]
 
 
+def _loss_line(
+    name: str, css: str, points: Sequence[tuple[int, float, float | None]], *, dots: bool = False
+) -> svg.Line:
+    return svg.Line(name, css, [at_s for _, at_s, _ in points], [loss for _, _, loss in points], dots=dots)
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
 def _use_rows(report: Report) -> list[dict[str, Any]]:
     energy = report.energy_j
+    total_j = energy.total.value if energy.total is not None else 0.0
     rows = []
     for use in USES:
-        energy_j = energy.by_use[use]
-        fraction = energy_j / energy.total if energy_j is not None and energy.total else None
+        part = energy.by_use[use]
         rows.append(
             {
                 "use": use,
                 "meaning": _USE_MEANINGS[use],
-                "energy_j": energy_j,
-                "percentage": None if fraction is None else 100 * fraction,
-                "quality": quality(energy.qualities_by_use[use]) if energy_j else "",
+                "energy": part,
+                "percentage": 100 * part.value / total_j if part is not None and total_j else None,
+                "shared_out": _shared_out(energy.shared_out[use], part),
+                "quality": format_qualities(part.qualities) if part is not None and part.value else "",
                 "seconds": report.seconds_by_use[use],
             }
         )
     return rows
 
 
-def _total_text(report: Report) -> str:
-    total = format_energy(report.energy_j.total)
-    is_bound = report.energy_j.total is not None and report.energy_j.not_measured.num_gaps
-    return f"at least {total}" if is_bound else total
+def _shared_out(shared_j: float, part: Quantity | None) -> str:
+    """How much of a use's energy a model gave it; empty for none."""
+    if not shared_j or part is None:
+        return ""
+    return "all of it shared out" if shared_j >= part.value else f"{format_energy(shared_j)} of it shared out"
+
+
+def _energy_remarks(report: Report) -> list[str]:
+    """What a reader of the energies must know, in sentences."""
+    energy, remarks = report.energy_j, []
+    missing = energy.not_measured
+    if missing.num_gaps:
+        bound = ", so the total and what is made from it are lower bounds" if _is_bound(energy.total) else ""
+        remarks.append(
+            f"Not measured: {format_duration(missing.component_seconds)} of component time "
+            f"({100 * missing.fraction:.2f} %) in {words.plural(missing.num_gaps, 'gap')}. "
+            f"The energy in them is unknown and counted nowhere{bound}."
+        )
+    shared_out_j = sum(energy.shared_out.values())
+    if shared_out_j:
+        remarks.append(
+            f"Shared out: {format_energy(shared_out_j)} were given to their uses by a model, not by a "
+            "reading: waiting for data, building ahead beside training, phases too short to be read apart."
+        )
+    if energy.foreign:
+        cards = ", ".join(f"{name} ({format_energy(part)})" for name, part in energy.foreign.items())
+        remarks.append(
+            f"Other programs ran on cards of this run too: {cards}. What they drew cannot be told apart "
+            "and is in the total."
+        )
+    if energy.shared_machine_s:
+        remarks.append(
+            f"Shared machines: in {format_duration(energy.shared_machine_s)} of node time others trained "
+            "there too; of the CPU and DRAM energy of that time only this run's share is in the total."
+        )
+    return remarks
+
+
+def _is_bound(total: Quantity | None) -> bool:
+    return total is not None and total.at_least
+
+
+def _setting_row(part: Setting) -> dict[str, Any]:
+    return {
+        "number": part.number,
+        "session": part.session,
+        "name": words.setpoint(part.setpoint) if part.setpoint is not None else "before the first setting",
+        "seconds": part.seconds,
+        "energy": format_energy(part.energy_j),
+        "useful": format_energy(part.useful_j),
+        "num_steps": part.num_steps,
+        "samples": part.samples,
+        "per_sample": words.number(part.joules_per_sample, "J/sample") if part.samples else "",
+    }
+
+
+def _device_row(device: DeviceTally, hostname: str) -> dict[str, Any]:
+    memory = NOT_MEASURED
+    if device.memory_used_bytes is not None:
+        memory = format_bytes(device.memory_used_bytes)
+        if device.memory_total_bytes is not None:
+            memory += f" of {format_bytes(device.memory_total_bytes)}"
+    return {
+        "name": f"{device.component} on {hostname}",
+        "busy": NOT_MEASURED
+        if device.utilisation_fraction is None
+        else words.percentage(device.utilisation_fraction),
+        "memory": memory,
+        "temperature": NOT_MEASURED if device.temperature_c is None else f"{device.temperature_c:.0f} °C",
+        "clock": NOT_MEASURED if device.sm_clock_mhz is None else f"{device.sm_clock_mhz:.0f} MHz",
+        "slowed": words.throttle_reasons(device.throttled),
+        "others": words.count(device.foreign_processes),
+        "seconds": device.seconds,
+    }
+
+
+def _device_sentences(report: Report, hostnames: Mapping[str, str]) -> list[str]:
+    """Which cards were slowed, how often and why; the worst first."""
+    slowed = [device for device in report.devices if words.throttle_reasons(device.throttled)]
+    slowed.sort(key=lambda device: -max(device.throttled.values()))
+    sentences = [
+        words.throttling(f"{device.component} on {hostnames.get(device.node, device.node)}", device.throttled)
+        for device in slowed[:_MOST_SENTENCES]
+    ]
+    if len(slowed) > _MOST_SENTENCES:
+        num_more = len(slowed) - _MOST_SENTENCES
+        sentences.append(f"so {'was' if num_more == 1 else 'were'} {words.plural(num_more, 'more card')}")
+    return sentences
+
+
+def _left_out(report: Report, kind: str, num_shown: int) -> str:
+    """That a list holds not all rows of a kind; empty where it does."""
+    num_more = report.ledger.num_by_kind.get(kind, 0) - num_shown
+    return f"{words.count(num_more)} more are in the ledger." if num_more > 0 else ""
+
+
+def _source_rows(report: Report) -> list[dict[str, Any]]:
+    rows = []
+    for node in report.nodes:
+        counts = ((node.num_gpus, "GPU"), (node.num_cores, "core"))
+        machine = ", ".join(words.plural(num, noun) for num, noun in counts if num is not None)
+        components = node.components or ({"component": "", "source": "nothing can be measured"},)
+        for place, item in enumerate(components):
+            error, resolution_s = item.get("relative_uncertainty"), item.get("resolution_s")
+            rows.append(
+                {
+                    "node": node.hostname or node.node,
+                    "machine": machine,
+                    "first": place == 0,
+                    "component": item["component"],
+                    "source": item["source"],
+                    "quality": item.get("quality") or "cannot be measured",
+                    "detail": item.get("detail", ""),
+                    "error": "not stated" if error is None else f"± {100 * error:.3g} %",
+                    "resolution": "" if not resolution_s else format_duration(resolution_s),
+                }
+            )
+    return rows
+
+
+def _not_metered(report: Report) -> list[str]:
+    """Why sources are not used, each reason once, with the nodes on which it holds."""
+    nodes: dict[str, list[str]] = {}
+    for node in report.nodes:
+        for text in node.not_metered:
+            nodes.setdefault(text, []).append(node.hostname or node.node)
+    return [f"{text} ({words.listed(names, 4)})" for text, names in nodes.items()]
+
+
+def _trend(first: float | None, last: float | None) -> str:
+    """From the first to the last value; one value alone is one value."""
+    if last is None:
+        return NOT_MEASURED
+    return words.number(last) if first is None else f"{words.number(first)} → {words.number(last)}"
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    label = quality(report.energy_j.qualities) if report.energy_j.total is not None else ""
-    loss = report.loss
-    has_validation = loss.validation_first is not None and loss.validation_last is not None
+    total, loss = report.energy_j.total, report.loss
+    label = format_qualities(total.qualities) if total is not None else ""
+    has_validation = loss.validation_last is not None
     first, last = (loss.validation_first, loss.validation_last) if has_validation else (loss.first, loss.last)
-    kind = "validation loss" if has_validation else "training loss"
-    num_resized = sum(resize.from_workers != resize.to_workers for resize in report.resizes)
-    steps = f"{count(report.lost_steps)} lost" if report.lost_steps else "none lost"
+    num_changes = sum(not item.recovery for item in report.changes)
+    num_recoveries = len(report.changes) - num_changes
+    useful = report.useful_joules_per_sample
+    per_sample_note = f"{format_quantity(useful, 'J', brief=True)} of it useful work" if useful else label
     return [
-        {"value": _total_text(report), "name": "energy", "note": label},
+        {"value": format_quantity(total, "J"), "name": "energy", "note": label},
         {
-            "value": number(report.joules_per_sample, "J"),
+            "value": format_quantity(report.joules_per_sample, "J"),
             "name": "energy per sample",
-            "note": label,
+            "note": per_sample_note,
         },
+        {"value": format_quantity(report.mean_power_w, "W"), "name": "mean power", "note": label},
         {
-            "value": number(report.mean_power_w, "W"),
-            "name": "mean power",
-            "note": label,
-        },
-        {
-            "value": number(report.samples_per_second, "samples/s"),
+            "value": words.number(report.samples_per_second, "samples/s")
+            if report.samples_per_second is not None
+            else "no samples yet",
             "name": "throughput",
             "note": "whole job, over all time",
-        }
-        if report.samples_per_second is not None
-        else {"value": "no samples yet", "name": "throughput", "note": "whole job"},
-        {"value": count(report.optimizer_steps), "name": "optimizer steps", "note": steps},
-        {
-            "value": f"{number(first)} → {number(last)}" if first is not None else NOT_MEASURED,
-            "name": kind,
-            "note": "first → last",
         },
         {
-            "value": count(len(report.resizes)),
-            "name": "changes of the setpoint",
-            "note": f"{num_resized} of the worker count" if report.resizes else "none carried out",
+            "value": words.count(report.optimizer_steps),
+            "name": "optimizer steps",
+            "note": f"{words.count(report.lost_steps)} lost" if report.lost_steps else "none lost",
+        },
+        {
+            "value": _trend(first, last),
+            "name": "validation loss" if has_validation else "training loss",
+            "note": "first → last" if first is not None else "one value" if last is not None else "",
+        },
+        {
+            "value": words.count(num_changes),
+            "name": "changes of the setting",
+            "note": words.plural(num_recoveries, "recover" + ("y" if num_recoveries == 1 else "ie"))
+            if num_recoveries
+            else "no recovery",
         },
         {
             "value": format_duration(report.run.wall_s),
             "name": "time",
-            "note": f"{report.run.num_sessions} sessions" if report.run.num_sessions > 1 else "wall clock",
+            "note": f"{report.run.num_sessions} sessions" if report.run.num_sessions > 1 else "one session",
         },
     ]
 
 
 def _context(report: Report) -> dict[str, Any]:
+    hostnames = {node.node: node.hostname or node.node for node in report.nodes}
     decisions = [(f"D{place}", decision) for place, decision in enumerate(report.decisions, start=1)]
-    resizes = [(f"R{place}", resize) for place, resize in enumerate(report.resizes, start=1)]
+    carried_out = _tagged(report.changes)
     return {
         "report": report,
         "run": report.run,
         "energy": report.energy_j,
+        "hostname": lambda node: hostnames.get(node, node),
         "tiles": _tiles(report),
-        "total_text": _total_text(report),
         "use_rows": _use_rows(report),
+        "band_uses": [use for use in USES if any(band == use for _, _, band in report.series.uses)],
+        "energy_remarks": _energy_remarks(report),
+        "settings": [_setting_row(part) for part in report.settings],
         "decisions": decisions,
         "changes": [(tag, decision) for tag, decision in decisions if _is_change(decision)],
         "holds": [(tag, decision) for tag, decision in decisions if not _is_change(decision)],
-        "resizes": resizes,
-        "resize_text": _resize_text,
-        "damage": report.ledger.num_torn + len(report.ledger.corrupt) + len(report.ledger.unusable),
+        "carried_out": carried_out,
+        "change_text": _change_text,
+        "show_sessions": len(report.sessions) > 1 or report.run.status == "crashed",
+        "session_end": _session_end,
+        "devices": [
+            _device_row(device, hostnames.get(device.node, device.node)) for device in report.devices
+        ],
+        "device_sentences": _device_sentences(report, hostnames),
+        "left_out": lambda kind, shown: _left_out(report, kind, len(shown)),
+        "sources": _source_rows(report),
+        "not_metered": _not_metered(report),
+        "damage": report.ledger.damage,
+        "ledger_text": _ledger_text(report),
         "config_text": yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True),
     }
+
+
+def _tagged(changes: Sequence[Change]) -> list[tuple[str, Change]]:
+    """Changes with C1, C2 and so on, recoveries with R1, R2."""
+    counts = {"C": 0, "R": 0}
+    tagged = []
+    for item in changes:
+        letter = "R" if item.recovery else "C"
+        counts[letter] += 1
+        tagged.append((f"{letter}{counts[letter]}", item))
+    return tagged
+
+
+def _ledger_text(report: Report) -> str:
+    ledger = report.ledger
+    text = f"{words.plural(ledger.num_rows, 'row')} in {words.plural(ledger.num_files, 'ledger file')}"
+    if ledger.num_dropped:
+        twice = words.plural(ledger.num_dropped, "row")
+        text += f"; {twice} delivered twice {'was' if ledger.num_dropped == 1 else 'were'} counted once"
+    return text
 
 
 def _environment(*, is_html: bool) -> jinja2.Environment:
@@ -339,17 +477,19 @@ def _environment(*, is_html: bool) -> jinja2.Environment:
     )
     environment.filters |= {
         "energy": format_energy,
+        "figure": format_quantity,
         "duration": format_duration,
         "bytes": lambda value: "" if value is None else format_bytes(value),
-        "number": number,
-        "count": count,
-        "quality": quality,
-        "moment": moment,
-        "pairs": pairs,
-        "sentence": sentence,
-        "cell": cell,
+        "count": words.count,
+        "qualities": format_qualities,
+        "moment": words.moment,
+        "pairs": words.pairs,
+        "sentence": words.sentence,
+        "unbroken": words.unbroken,
+        "words": lambda value: str(value).replace("_", " "),
+        "cell": words.cell,
     }
-    environment.globals["change"] = change
+    environment.globals["difference"] = words.difference
     return environment
 
 
@@ -367,16 +507,14 @@ def render_html(report: Report) -> str:
     """The report as one HTML page that needs nothing from outside itself."""
     context = _context(report)
     bands = [
-        svg.Band(
-            band.from_s, band.to_s, f"u-{band.use}", f"{band.use}, {format_duration(band.to_s - band.from_s)}"
-        )
-        for band in report.series.uses
+        svg.Band(from_s, to_s, f"u-{use}", f"{use}, {format_duration(to_s - from_s)}")
+        for from_s, to_s, use in report.series.uses
     ]
     context["timeline"] = Markup(
         svg.timeline_plot(
             _panels(report),
             _end_s(report),
-            _marks(context["decisions"], context["resizes"]),
+            _marks(context["decisions"], context["carried_out"]),
             bands,
             "Power, throughput, efficiency, workers, share and loss over time",
         )
@@ -384,8 +522,9 @@ def render_html(report: Report) -> str:
     context["use_bar"] = Markup(
         svg.stacked_bar(
             [
-                (row["use"], f"u-{row['use']}", row["energy_j"] or 0.0, format_energy(row["energy_j"]))
-                for row in context["use_rows"]
+                (use, f"u-{use}", part.value, format_quantity(part, "J"))
+                for use, part in report.energy_j.by_use.items()
+                if part is not None
             ],
             "Energy by use",
         )
@@ -393,17 +532,24 @@ def render_html(report: Report) -> str:
     return _environment(is_html=True).get_template("report.html.j2").render(context)
 
 
-_RENDERERS = {"json": render_json, "markdown": render_markdown, "html": render_html}
+_RENDERERS: dict[str, Callable[[Report], str]] = {
+    "json": render_json,
+    "markdown": render_markdown,
+    "html": render_html,
+}
 
 
 def write_report(
-    run_folder: Path | str, formats: Sequence[str] = ("json", "markdown", "html")
+    run_folder: Path | str,
+    formats: Sequence[str] = ("json", "markdown", "html"),
+    report: Report | None = None,
 ) -> dict[str, Path]:
-    """Build the report of a run and write it into the run's folder, each file at once or not at all.
+    """Write the report of a run into the run's folder, each file at once or not at all.
 
     Args:
         run_folder: The run's folder.
         formats: Of ``json``, ``markdown`` and ``html``.
+        report: The report; ``None``: it is built.
 
     Returns:
         The files by format.
@@ -416,7 +562,7 @@ def write_report(
     if unknown:
         raise ValueError(f"no such report format: {', '.join(unknown)}; there are {', '.join(FORMATS)}")
     folder = Path(run_folder)
-    report = build_report(folder)
+    report = build_report(folder) if report is None else report
     written: dict[str, Path] = {}
     for name in formats:
         path = folder / FORMATS[name]

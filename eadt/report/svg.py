@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 960
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 44, 42
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 58, 42
 _GAP = 30
 _TAG_WIDTH = 26
+_TAG_ROW = 19
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of a panel: a CSS class and points; ``None`` breaks the line.
 
-    ``steps`` holds each value until the next point; ``dots`` draws the points alone.
+    A line without a name is not in the legend. ``steps`` holds each value until the next point; ``dots``
+    draws the points alone.
     """
 
     name: str
@@ -132,8 +134,9 @@ def _panel(panel: Panel, axis: _Axis, top: float) -> list[str]:
     out = [f'<text class="title" x="{LEFT}" y="{_f(top - 8)}">{escape(panel.title)}</text>']
     # The legend is on the right of the title's line, only where there is something to tell apart.
     x = float(WIDTH - RIGHT)
-    if len(panel.lines) > 1:
-        for line in reversed(panel.lines):
+    named = [line for line in panel.lines if line.name]
+    if len(named) > 1:
+        for line in reversed(named):
             x -= 7.2 * len(line.name)
             out.append(f'<text class="legend" x="{_f(x)}" y="{_f(top - 8)}">{escape(line.name)}</text>')
             x -= 22
@@ -196,11 +199,12 @@ def _marks(marks: Sequence[Mark], axis: _Axis, bottom: float) -> list[str]:
     for mark in sorted(marks, key=lambda mark: mark.at_s):
         x = axis.x(mark.at_s)
         out.append(f'<g class="mark {mark.css}"><title>{escape(mark.title)}</title>')
-        out.append(f'<path d="M{_f(x)} 18V{_f(bottom)}"/>')
-        left = x - (_TAG_WIDTH if mark.lane == 0 else 0)  # two kinds at one moment stand side by side
+        top = 2 + _TAG_ROW * mark.lane  # two kinds at one moment stand one under the other
+        out.append(f'<path d="M{_f(x)} {top + 16}V{_f(bottom)}"/>')
+        left = min(x - _TAG_WIDTH / 2, WIDTH - _TAG_WIDTH)
         if left >= free_from.get(mark.lane, -1.0):
-            out.append(f'<rect x="{_f(left)}" y="2" width="{_TAG_WIDTH}" height="16" rx="3"/>')
-            out.append(f'<text x="{_f(left + _TAG_WIDTH / 2)}" y="14">{escape(mark.tag)}</text>')
+            out.append(f'<rect x="{_f(left)}" y="{top}" width="{_TAG_WIDTH}" height="16" rx="3"/>')
+            out.append(f'<text x="{_f(left + _TAG_WIDTH / 2)}" y="{top + 12}">{escape(mark.tag)}</text>')
             free_from[mark.lane] = left + _TAG_WIDTH + 1
         out.append("</g>")
     return out
@@ -218,7 +222,7 @@ def timeline_plot(
     Args:
         panels: From top to bottom.
         end_s: End of the time axis in s.
-        marks: Moments; ``lane`` 0 has its tag on the left of the line, 1 on the right.
+        marks: Moments; tags of ``lane`` 0 are in the first row above, those of 1 in the second.
         bands: A strip under the panels.
         label: What the picture shows, for screen readers.
     """

@@ -36,6 +36,11 @@ _THROTTLE_REASONS = {
     "hardware": "the hardware's protection",
     "other": "another reason",
 }
+NO_BREAK = "\u00a0"
+_BEFORE_UNIT = re.compile(
+    r"(?<=\d) (?=(?:[kMG]?W|[kM]?Wh|k?J|s|min|h|d|°C|[KMG]iB|MHz|samples|steps?|tokens|workers?)\b|%)"
+)
+_SIGNS = re.compile(r"(?<=[≥±]) | (?=±)")
 _WORTH_SAYING = 0.01
 """A card that was slowed for a smaller fraction of the time has no sentence."""
 
@@ -157,7 +162,7 @@ def throttling(component: str, throttled: Mapping[str, float]) -> str:
 
 
 def throttle_reasons(throttled: Mapping[str, float]) -> str:
-    """The reasons for which the driver slowed a card: ``62 % of the time: heat; 3 % of the time: ...``."""
+    """How often the driver slowed a card, and why: ``62 % of the time: heat; 3 % of the time: ...``."""
     reasons = sorted(
         ((fraction, reason) for reason, fraction in throttled.items() if fraction >= _WORTH_SAYING),
         reverse=True,
@@ -166,6 +171,11 @@ def throttle_reasons(throttled: Mapping[str, float]) -> str:
         f"{percentage(fraction)} of the time: {_THROTTLE_REASONS.get(reason, reason.replace('_', ' '))}"
         for fraction, reason in reasons
     )
+
+
+def unbroken(text: str) -> str:
+    """The same text with a no-break space between each number and its unit."""
+    return _SIGNS.sub(NO_BREAK, _BEFORE_UNIT.sub(NO_BREAK, text))
 
 
 def listed(items: Sequence[str], most: int = 10) -> str:

@@ -6,6 +6,7 @@ their own) the program's speed and its one JSON document.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,14 +18,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from eadt import clock
 from eadt.cli import app
 from eadt.cli.overrides import load_with_overrides
 from eadt.cli.status import describe_decision
 from eadt.config import InvalidConfigError
 from eadt.errors import DeadlineError, EadtError, EnvironmentFailure
-from eadt.record.ledger import LedgerWriter
+from eadt.record.rows import ChangeRow, DecisionRow, LedgerRow, ObservationRow, encode
+from eadt.record.status import RunStatus
 from eadt.report import build_report
-from eadt.testing.clock import FakeClock
+from eadt.units import Quantity
+from tests.unit.ledger_factory import START_UNIX_S, Rows
+from tests.unit.status_factory import make_status
 
 CONFIG = """\
 training:
@@ -59,115 +64,42 @@ def eadt(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def write_ledger(run_folder: Path, status: str = "completed") -> None:
-    """A small ledger: two steps, one decision that was kept, one resize."""
-    clock = FakeClock()
-    anchor = {"monotonic_s": clock.monotonic_s(), "unix_s": clock.unix_s()}
-    begun_s = clock.monotonic_s()
-    with LedgerWriter(run_folder / "ledger", clock) as ledger:
-        ledger.append(
-            {
-                "type": "run",
-                "event": "started",
-                "run_id": "r1",
-                "name": run_folder.name,
-                "status": "running",
-                "config": {},
-                "versions": {},
-            }
+def write_ledger(run_folder: Path, status: str = "completed", began_unix_s: float = START_UNIX_S) -> None:
+    """A small ledger: two steps, one decision that was kept, the change that it led to."""
+    rows = Rows(began_unix_s)
+    rows.session(name=run_folder.name, train_batch_size=12, max_steps=2)
+    rows.node()
+    rows.generation(0.0, setpoint=TWO, world_size=2)
+    rows.steps(1, [0.0, 10.0], [10.0, 10.0], loss=[3.0, 2.0], samples=12)
+    rows.energy(0.0, 20.0, 600.0, generation=1, setting=1)
+    rows.time(0.0, 20.0, generation=1, setting=1)
+    rows.add(
+        ObservationRow(
+            at_s=20.0, window_s=20.0, setpoint=TWO, samples_per_second=1.2, power_w=30.0, quality="estimated",
+            efficiency_samples_per_j=0.04,
         )
-        ledger.append(
-            {
-                "type": "node",
-                "node": "n1",
-                "hostname": "h",
-                "anchor": anchor,
-                "num_gpus": 0,
-                "num_cores": 2,
-                "sources": [],
-            }
+    )  # fmt: skip
+    decision: dict[str, Any] = {
+        "decision_id": "d1",
+        "at_s": 20.0,
+        "action": "scale_replicas",
+        "reason": "Power is high.",
+        "setpoint_before": TWO,
+        "setpoint_after": THREE,
+        "expected": {"summary": "more samples a joule."},
+    }
+    rows.add(DecisionRow(**decision))
+    rows.add(DecisionRow(**decision, outcome="kept", measured={"verdict": "Kept: efficiency rose by 8 %."}))
+    rows.add(
+        ChangeRow(
+            at_s=21.0, from_workers=2, to_workers=3, kind="in_place", reason="d1", seconds=0.25, lost_steps=0,
+            setpoint_before=TWO, setpoint_after=THREE, decision_id="d1",
         )
-        ledger.append(
-            {"type": "generation", "generation": 1, "event": "started", "setpoint": TWO, "world_size": 2}
-        )
-        for step in (1, 2):
-            t0 = clock.monotonic_s()
-            clock.advance(10)
-            ledger.append(
-                {
-                    "type": "step",
-                    "node": "n1",
-                    "generation": 1,
-                    "step": step,
-                    "t0": t0,
-                    "t1": t0 + 10,
-                    "primary": True,
-                    "loss": 4.0 - step,
-                    "samples": 12,
-                    "tokens": 1200,
-                    "learning_rate": 1e-3,
-                    "world_size": 2,
-                }
-            )
-        ledger.append(
-            {
-                "type": "energy",
-                "node": "n1",
-                "t0": begun_s,
-                "t1": clock.monotonic_s(),
-                "component": "cpu",
-                "energy_j": 600.0,
-                "quality": "estimated",
-                "source": "estimate",
-                "gap": False,
-            }
-        )
-        ledger.append(
-            {
-                "type": "observation",
-                "at_s": 20.0,
-                "setpoint": TWO,
-                "samples_per_second": 1.2,
-                "power_w": 30.0,
-                "quality": "estimated",
-                "efficiency_samples_per_j": 0.04,
-            }
-        )
-        decision = {
-            "type": "decision",
-            "decision_id": "d1",
-            "at_s": 20.0,
-            "action": "scale_replicas",
-            "reason": "Power is high.",
-            "setpoint_before": TWO,
-            "setpoint_after": THREE,
-            "expected": {"summary": "more samples a joule."},
-            "measured": None,
-        }
-        ledger.append({**decision, "outcome": "pending"})
-        ledger.append(
-            {**decision, "outcome": "kept", "measured": {"verdict": "Kept: efficiency rose by 8 %."}}
-        )
-        ledger.append(
-            {
-                "type": "resize",
-                "at_s": 21.0,
-                "from_workers": 2,
-                "to_workers": 3,
-                "kind": "in_place",
-                "reason": "d1",
-                "seconds": 0.25,
-                "lost_steps": 0,
-                "parts": {},
-                "setpoint_before": TWO,
-                "setpoint_after": THREE,
-            }
-        )
-        ledger.append({"type": "generation", "generation": 2, "event": "started", "setpoint": THREE})
-        if status != "running":
-            ledger.append(
-                {"type": "run", "event": "ended", "run_id": "r1", "name": run_folder.name, "status": status}
-            )
+    )  # fmt: skip
+    rows.generation(21.0, 2, 2, setpoint=THREE, step=2)
+    if status != "running":
+        rows.end(22.0, status)
+    rows.write(run_folder)
 
 
 @dataclass
@@ -332,7 +264,7 @@ def test_run_shows_what_it_does_and_what_came_of_it(folder: Path, trainer: FakeT
         "starting Ray (local, 2 CPUs)",
         "demo: completed, 2 steps",
         "loss:      3.0000 → 2.0000",
-        "600 J (estimated)",
+        "600 ± 180 J (estimated), 25.0 ± 7.5 J/sample",
         "workers 2 → 3",
         "longest pause 0.25 s",
         "runs/demo/report.html",
@@ -345,7 +277,7 @@ def test_run_as_json_keeps_everything_else_off_standard_output(folder: Path, tra
     result = eadt("run", "run.yaml", "-o", "json")
     document = json.loads(result.stdout)
     assert document["status"] == "completed"
-    assert document["report"]["energy_j"]["total"] == pytest.approx(600.0)
+    assert document["report"]["energy_j"]["total"]["value"] == 600.0
     assert document["error"] is None
     assert "a library says something" in result.stderr
     assert "starting Ray" in result.stderr
@@ -442,9 +374,59 @@ def test_report_writes_its_files_and_says_where(folder: Path) -> None:
 def test_report_as_json_writes_no_file(folder: Path) -> None:
     write_ledger(Path("runs/demo"))
     document = json.loads(eadt("report", "runs/demo", "-o", "json").stdout)
-    assert document["energy_j"]["total"] == pytest.approx(600.0)
-    assert sum(document["energy_j"]["by_use"].values()) == pytest.approx(600.0)
+    energy = document["energy_j"]
+    assert energy["total"] == {
+        "value": 600.0, "uncertainty": 180.0, "at_least": False, "qualities": ["estimated"]
+    }  # fmt: skip
+    assert sum(part["value"] for part in energy["by_use"].values()) == 600.0
     assert list(Path("runs/demo").glob("report.*")) == []
+
+
+def test_report_reads_the_digest_or_all_of_the_ledger(folder: Path) -> None:
+    """A ledger of which a row was changed behind the digest's back: only the whole reading sees it."""
+    write_ledger(Path("runs/demo"))
+    file = Path("runs/demo/ledger/events-1.jsonl")
+    file.write_bytes(file.read_bytes().replace(b'"joules":[600.0]', b'"joules":[700.0]'))
+
+    def total(*options: str) -> float:
+        document = json.loads(eadt("report", "demo", "-o", "json", *options).stdout)
+        return float(document["energy_j"]["total"]["value"])
+
+    assert total() == 600.0
+    assert total("--from-ledger") == 700.0
+
+
+def test_report_says_what_of_the_ledger_it_could_not_read(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    with Path("runs/demo/ledger/events-1.jsonl").open("ab") as file:
+        file.write(b'garbage\n{"type": "ener')
+    result = eadt("report", "demo")
+    assert result.exit_code == 0, result.output
+    assert "demo: completed, 2 steps" in result.stdout
+    assert "ledger:    Damaged lines (1): events-1.jsonl:" in result.stdout
+    assert "ledger:    The last line was cut off" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["report", "status"])
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (b"", 2, "no row that can be used yet"),
+        (b"garbage\n", 2, "events-1.jsonl:1"),
+        (encode(LedgerRow(schema_version=99)) + b"\n", 3, "newer version of EADT"),
+    ],
+)
+def test_a_ledger_that_holds_nothing_is_an_error_with_a_code_and_no_traceback(
+    folder: Path, no_cluster: None, command: str, content: bytes, status: int, words: str
+) -> None:
+    Path("runs/demo/ledger").mkdir(parents=True)
+    Path("runs/demo/ledger/events-1.jsonl").write_bytes(content)
+    result = eadt(command, "demo")
+    assert result.exit_code == status
+    assert words in result.stderr
+    assert "EADT-33" in result.stderr
+    assert "to fix it" in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_report_of_a_run_that_is_not_there_names_those_that_are(folder: Path) -> None:
@@ -466,9 +448,12 @@ def test_status_of_a_run_that_has_ended_is_read_from_its_ledger(folder: Path) ->
     result = eadt("status")
     assert result.exit_code == 0, result.output
     for part in (
-        "demo: completed (from the ledger",
+        "demo: completed (from its ledger)",
         "3 workers at 35 %",
-        "step 2, loss 2.0000",
+        "step 2/2, loss 2.0000",
+        "energy:      600 ± 180 J (estimated)",
+        "25.0 ± 7.5 J/sample (estimated)",
+        "useful 600 J",
         "1.20 samples/s, 30.0 W (estimated)",
         "2 workers at 50 % → 3 workers at 35 %",
         "Power is high.",
@@ -476,6 +461,18 @@ def test_status_of_a_run_that_has_ended_is_read_from_its_ledger(folder: Path) ->
         "outcome:  Kept: efficiency rose by 8 %.",
     ):
         assert part in result.stdout
+
+
+def test_status_and_report_show_the_same_figures(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    status = json.loads(eadt("status", "demo", "-o", "json").stdout)
+    report = json.loads(eadt("report", "demo", "-o", "json").stdout)
+    assert status["energy_j"] == report["energy_j"]["total"]
+    assert status["joules_per_sample"] == report["joules_per_sample"]
+    assert status["status"] == report["run"]["status"]
+    assert status["energy_by_use"] == {
+        use: part for use, part in report["energy_j"]["by_use"].items() if use in status["energy_by_use"]
+    }
 
 
 def test_status_says_how_often_a_decision_was_refused(folder: Path) -> None:
@@ -488,88 +485,123 @@ def test_status_says_how_often_a_decision_was_refused(folder: Path) -> None:
     assert lines == ["at 61 s: decision d0003: increase (refused): It was measured worse. (4 times)"]
 
 
-def test_status_asks_the_supervisor_of_a_run_that_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_ledger(Path("runs/demo"), status="running")
+Answer = Callable[[str | None, str | None], RunStatus]
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
+    """Puts a function in the place of asking over Ray."""
+
+    def put(answer: Answer) -> None:
+        module = ModuleType("eadt.status")
+        module.__dict__["fetch_status"] = answer
+        monkeypatch.setitem(sys.modules, "eadt.status", module)
+
+    return put
+
+
+@pytest.fixture
+def no_cluster(answering: Callable[[Answer], None]) -> None:
+    """No Ray cluster answers."""
+
+    def answer(run: str | None, address: str | None) -> RunStatus:
+        raise EnvironmentFailure("no Ray cluster runs on this machine", code="EADT-301", fix="start one")
+
+    answering(answer)
+
+
+def test_status_asks_the_run_that_goes_on(folder: Path, answering: Callable[[Answer], None]) -> None:
+    write_ledger(Path("runs/demo"), status="running", began_unix_s=clock.unix_s() - 25)
     asked: list[tuple[str | None, str | None]] = []
 
-    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+    def answer(run: str | None, address: str | None) -> RunStatus:
         asked.append((run, address))
-        return {
-            "run": run,
-            "status": "running",
-            "setpoint": TWO,
-            "desired": THREE,
-            "energy_j": 1500.0,
-            "energy_quality": "estimated",
-            "progress": {"step": 3, "max_steps": 9, "loss": 2.5},
-            "waiting_for": "resources",
-            "observations": [],
-            "decisions": [],
-        }
+        return make_status(
+            setpoint=TWO, desired=THREE, step=3, max_steps=9, loss=2.5, waiting_for="resources",
+            energy_j=Quantity(1500.0, 30.0, at_least=True, qualities=("measured",)), phase="watching",
+            notes=({"code": "EADT-410", "text": "no MPS here"},),
+        )  # fmt: skip
 
-    module = ModuleType("eadt.status")
-    module.__dict__["fetch_status"] = fetch_status
-    monkeypatch.setitem(sys.modules, "eadt.status", module)
+    answering(answer)
     document = json.loads(eadt("status", "demo", "-o", "json").stdout)
-    assert asked == [("r1", None)]
+    assert asked == [("synthetic-1", None)]
     assert (document["source"], document["setpoint"]["num_workers"]) == ("supervisor", 2)
+    assert document["energy_j"]["at_least"] is True
     shown = eadt("status", "demo").stdout
     for part in (
-        "from the supervisor",
+        "demo: running (asked of the run)",
         "2 workers at 50 %, changing to 3 workers at 35 %",
-        "step 3/9, loss 2.5000",
-        "1.50 kJ (estimated)",
-        "resources",
+        "step 3/9, loss 2.5000, 18.2 samples/s, 1 min 24 s and 2.30 kJ to go",
+        "at least 1.500 ± 0.030 kJ (measured)",
+        "31.3 ± 6.0 W (estimated)",
+        "startup 300 J, useful 3.11 kJ",
+        "waiting for: resources",
+        "watching (policy threshold)",
+        "note EADT-410: no MPS here",
     ):
         assert part in shown
 
 
 def test_status_where_a_cluster_is_named_is_of_what_goes_on_there(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, answering: Callable[[Answer], None]
 ) -> None:
     write_ledger(Path("runs/demo"))  # completed, and here
     asked: list[tuple[str | None, str | None]] = []
 
-    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
+    def answer(run: str | None, address: str | None) -> RunStatus:
         asked.append((run, address))
-        return {"run": "another", "status": "training"}
+        return make_status(run="another", status="training")
 
-    module = ModuleType("eadt.status")
-    module.__dict__["fetch_status"] = fetch_status
-    monkeypatch.setitem(sys.modules, "eadt.status", module)
+    answering(answer)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert "another: training (from the supervisor" in eadt("status").stdout
-    assert "demo: completed (from the ledger" in eadt("status", "demo").stdout
+    assert "another: training (asked of the run" in eadt("status").stdout
+    assert "demo: completed (from its ledger" in eadt("status", "demo").stdout
     monkeypatch.delenv("RAY_ADDRESS")
     assert "another: training" in eadt("status", "--address", "10.0.0.1:6379").stdout
     assert asked == [(None, None), (None, "10.0.0.1:6379")]
 
 
-def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_ledger(Path("runs/demo"), status="running")
-
-    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
-        raise EnvironmentFailure("no supervisor of that run", code="EADT-303")
-
-    module = ModuleType("eadt.status")
-    module.__dict__["fetch_status"] = fetch_status
-    monkeypatch.setitem(sys.modules, "eadt.status", module)
-    result = eadt("status", "demo", "-o", "json")
-    assert json.loads(result.stdout)["source"] == "ledger"
-    assert "no supervisor of that run" in result.stderr
+def test_status_falls_back_to_the_ledger_and_says_so(folder: Path, no_cluster: None) -> None:
+    write_ledger(Path("runs/demo"), status="running", began_unix_s=clock.unix_s() - 25)
+    result = eadt("status", "demo")
+    assert result.exit_code == 0
+    assert "The run did not answer (no Ray cluster runs on this machine)" in result.stderr
+    assert re.search(r"demo: running, last heard of \S+ s ago \(from its ledger\)", result.stdout)
+    assert json.loads(eadt("status", "demo", "-o", "json").stdout)["source"] == "ledger"
 
 
-def test_status_without_any_run_says_why_there_is_none_to_ask(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_ended_without_a_word_is_crashed_and_not_running_for_ever(
+    folder: Path, no_cluster: None
 ) -> None:
-    def fetch_status(run: str | None, address: str | None) -> dict[str, Any]:
-        raise EnvironmentFailure("no Ray cluster runs on this machine", code="EADT-301", fix="start one")
+    write_ledger(Path("runs/demo"), status="running", began_unix_s=clock.unix_s() - 201)
+    result = eadt("status", "demo")
+    assert re.search(r"demo: crashed, last heard of 3 min 0\d s ago \(from its ledger\)", result.stdout)
+    assert "running" not in result.stdout
+    assert "power:" not in result.stdout  # what it drew last is not what it draws
+    report = json.loads(eadt("report", "demo", "-o", "json").stdout)
+    assert (report["run"]["status"], report["partial"]) == ("crashed", True)
+    assert "ended without a word" in report["partial_reason"]
 
-    module = ModuleType("eadt.status")
-    module.__dict__["fetch_status"] = fetch_status
-    monkeypatch.setitem(sys.modules, "eadt.status", module)
+
+def test_status_of_a_ledger_that_is_not_whole_says_what_is_missing(folder: Path) -> None:
+    write_ledger(Path("runs/demo"))
+    with Path("runs/demo/ledger/events-1.jsonl").open("ab") as file:
+        file.write(b"garbage\n")
+    result = eadt("status", "demo", "-o", "json")
+    assert json.loads(result.stdout)["status"] == "completed"
+    assert "is not whole. Damaged lines (1): events-1.jsonl:" in result.stderr
+
+
+def test_status_asks_the_run_itself_also_where_its_ledger_cannot_be_read(
+    folder: Path, answering: Callable[[Answer], None]
+) -> None:
+    Path("runs/demo/ledger").mkdir(parents=True)
+    Path("runs/demo/ledger/events-1.jsonl").write_bytes(b"garbage\n")
+    answering(lambda run, address: make_status(run=run))
+    assert "demo: running (asked of the run)" in eadt("status", "demo").stdout
+
+
+def test_status_without_any_run_says_why_there_is_none_to_ask(folder: Path, no_cluster: None) -> None:
     result = eadt("status")
     assert result.exit_code == 3
     assert "EADT-301: no Ray cluster runs on this machine" in result.stderr

@@ -1,18 +1,20 @@
-"""Which run ``eadt status`` means."""
+"""Which run ``eadt status`` means, and how a run's answer becomes the typed value."""
 
+import json
 from typing import Any
 
 import pytest
 
 from eadt.errors import ConfigError, EnvironmentFailure
-from eadt.status import choose_run
+from eadt.status import choose_run, understand
+from tests.unit.status_factory import make_status
 
-ONE: dict[str, dict[str, Any] | None] = {"demo-1a2b3c": {"name": "demo"}}
+ONE: dict[str, dict[str, Any] | None] = {"demo-1a2b3c": {"run": "demo"}}
 TWO: dict[str, dict[str, Any] | None] = {**ONE, "big-model-4d5e6f": None}
 
 
 def test_the_only_run_need_not_be_named() -> None:
-    assert choose_run(ONE, None) == ("demo-1a2b3c", {"name": "demo"})
+    assert choose_run(ONE, None) == ("demo-1a2b3c", {"run": "demo"})
 
 
 @pytest.mark.parametrize("run", ["demo", "demo-1a2b3c"])
@@ -20,7 +22,7 @@ def test_a_run_is_known_by_name_and_by_id(run: str) -> None:
     assert choose_run(TWO, run)[0] == "demo-1a2b3c"
 
 
-def test_a_run_whose_supervisor_does_not_answer_is_known_by_its_ids_beginning() -> None:
+def test_a_run_that_does_not_answer_is_known_by_its_ids_beginning() -> None:
     assert choose_run(TWO, "big-model") == ("big-model-4d5e6f", None)
 
 
@@ -32,7 +34,7 @@ def test_several_runs_and_none_named_are_listed() -> None:
 
 def test_two_runs_of_one_name_are_told_apart_by_their_ids() -> None:
     with pytest.raises(ConfigError):
-        choose_run({**ONE, "demo-777777": {"name": "demo"}}, "demo")
+        choose_run({**ONE, "demo-777777": {"run": "demo"}}, "demo")
 
 
 def test_no_run_is_said_and_the_others_are_named() -> None:
@@ -42,3 +44,22 @@ def test_no_run_is_said_and_the_others_are_named() -> None:
         choose_run(ONE, "other")
     assert caught.value.code == "EADT-308"
     assert "demo" in caught.value.fix
+
+
+def test_an_answer_comes_back_as_what_it_was_also_by_way_of_json() -> None:
+    status = make_status(decisions=({"decision_id": "d1"},), energy_to_go_j=None)
+    assert understand("demo-1a2b3c", json.loads(json.dumps(status.as_dict()))) == status
+
+
+def test_a_newer_run_may_say_more_than_is_understood() -> None:
+    status = make_status()
+    assert understand("demo-1a2b3c", {**status.as_dict(), "mood": "good"}) == status
+
+
+def test_an_answer_of_another_version_is_said_to_be_one() -> None:
+    answer = make_status().as_dict()
+    del answer["step"]
+    with pytest.raises(EnvironmentFailure, match="step") as caught:
+        understand("demo-1a2b3c", answer)
+    assert caught.value.code == "EADT-309"
+    assert "another version" in caught.value.means
