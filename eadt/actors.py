@@ -7,7 +7,10 @@ a long one does not hold up the others.
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,17 @@ from eadt.adapters.priority import rise_above_workers
 from eadt.clock import SYSTEM_CLOCK
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.coordinator import Coordinator
+from eadt.coordination.metering import Metered
 from eadt.coordination.nodes import NodeInfo, NodeReading
 from eadt.coordination.outbox import Item, Outbox
 from eadt.coordination.placement import Host
-from eadt.coordination.recorder import Recorder
+from eadt.coordination.recorder import Recorder, begin_ledger
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node.agent import AgentSettings, NodeAgent
 from eadt.record.ledger import LedgerWriter
+from eadt.record.rows import AnyRow, NoteRow
+from eadt.record.status import RunStatus, run_status
 from eadt.training.checkpoint import Manifest, Shard
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout
@@ -32,7 +38,10 @@ from eadt.training.state import Span, StateLayout
 NAMESPACE = "eadt"
 
 _CALL_TIMEOUT_S = 600.0
-_RETRY_S = 0.5
+_DELIVERY_S = 30.0
+_FLUSH_S = 30.0
+_LEDGER_CLOSE_S = 30.0
+_SUPERVISOR_SILENT_S = 30.0
 
 
 def coordinator_name(run_id: str) -> str:
@@ -63,13 +72,13 @@ class RayNodeClient:
         """See ``NodeClient``."""
         self._handle.kill.remote(engine_ids)
 
-    def set_phase(self, phase: str) -> None:
+    def set_use(self, use: str) -> None:
         """See ``NodeClient``."""
-        self._handle.set_phase.remote(phase)
+        self._handle.set_use.remote(use)
 
-    def set_booked(self, components: Sequence[str]) -> None:
+    def set_metered(self, metered: Metered) -> None:
         """See ``NodeClient``."""
-        self._handle.set_booked.remote(components)
+        self._handle.set_metered.remote(metered)
 
     async def ping(self, timeout_s: float) -> None:
         """See ``NodeClient``."""
@@ -114,17 +123,27 @@ class CoordinatorActor:
 
     def __init__(self, settings: RunSettings, run_folder: str) -> None:
         rise_above_workers()
-        self._recorder = Recorder(LedgerWriter(Path(run_folder) / "ledger"))
+        self._ledger_folder = Path(run_folder) / "ledger"
+        self._ledger: LedgerWriter | None = None
+        self._recorder = Recorder()
         self._coordinator = Coordinator(settings, self._recorder)
         self._kept: dict[str, dict[str, Any]] = {}
+        self._batches: dict[tuple[str, str], int] = {}
+        self._supervisor_heard_s: float | None = None
+        self._coordinator.announce(ray.get_runtime_context().get_node_id(), os.getpid())
 
     async def run(self) -> None:
         """Carry the run through; returns at its end."""
+        ledger, books = await asyncio.to_thread(begin_ledger, self._ledger_folder)
+        self._ledger = ledger
+        self._recorder.begin(ledger, books)
         await self._coordinator.run()
 
     async def close(self) -> None:
         """Write the last rows down."""
         self._recorder.close()
+        if self._ledger is not None:
+            await asyncio.to_thread(self._ledger.close, _LEDGER_CLOSE_S)
 
     # From hosts and from Ray Train's controller.
 
@@ -152,15 +171,33 @@ class CoordinatorActor:
         """A node agent is up."""
         self._coordinator.add_node(info, RayNodeClient(agent))
 
-    async def deliver(self, node_id: str, items: list[Item]) -> None:
-        """What engines said and ledger rows of a node, in order."""
+    async def announce(self, node_id: str, pid: int) -> None:
+        """A process is this run's."""
+        self._coordinator.announce(node_id, pid)
+
+    async def deliver(
+        self, node_id: str, agent_id: str, number: int, sent_s: float, items: list[Item]
+    ) -> None:
+        """What engines said and ledger rows of a node, in order. A batch that comes again is left out.
+
+        Args:
+            node_id: The node.
+            agent_id: The agent's life: another one counts its batches anew.
+            number: The batch's number.
+            sent_s: When it was sent, node time in s.
+            items: Events and rows.
+        """
+        self._coordinator.heard(node_id, sent_s)
+        if number <= self._batches.get((node_id, agent_id), 0):
+            return
+        self._batches[node_id, agent_id] = number
         for item in items:
             if len(item) == 1:
-                self._recorder.book(item[0])
+                self._coordinator.book(item[0])
             else:
                 self._coordinator.engine_event(node_id, *item)
 
-    async def book(self, row: dict[str, Any]) -> None:
+    async def book(self, row: AnyRow) -> None:
         """A ledger row of the supervisor."""
         self._recorder.book(row)
 
@@ -191,24 +228,40 @@ class CoordinatorActor:
         return self._coordinator.change_state(decision_id)
 
     async def snapshot(self) -> dict[str, Any]:
-        """The run as it stands."""
+        """The run as it stands, for the supervisor and for the end of the driver."""
+        self._supervisor_heard_s = self._recorder.at_s
         return self._coordinator.snapshot()
 
-    async def look(self, events_seen: int, window_s: float) -> dict[str, Any]:
-        """What the driver shows: ``snapshot``, ``events`` since a number, ``events_seen`` for the next
-        look, ``samples_per_second`` over the last ``window_s`` s."""
+    async def look(self, events_seen: int) -> dict[str, Any]:
+        """What the driver shows: ``snapshot``, ``status`` (a ``RunStatus``), ``events`` since a number, and
+        ``events_seen`` for the next look."""
         events, events_seen = self._recorder.events_since(events_seen)
-        rate, _ = self._recorder.throughput(window_s, self._recorder.began_unix_s)
         return {
             "snapshot": self._coordinator.snapshot(),
+            "status": self._status(),
             "events": events,
             "events_seen": events_seen,
-            "samples_per_second": rate,
         }
 
-    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
-        """Samples/s and number of the steps of the last ``window_s`` s."""
-        return self._recorder.throughput(window_s, since_unix_s)
+    async def status(self) -> dict[str, Any]:
+        """What the run says of itself; see ``eadt.record.status.RunStatus``."""
+        return self._status().as_dict()
+
+    def _status(self) -> RunStatus:
+        kept = self._kept.get("supervisor", {})
+        heard_s = self._supervisor_heard_s
+        live = replace(
+            self._coordinator.live_facts(),
+            policy=kept.get("policy"),
+            supervisor_phase=kept.get("phase", "starting"),
+            supervisor_answers=heard_s is not None and self._recorder.at_s - heard_s < _SUPERVISOR_SILENT_S,
+            best_efficiency=kept.get("best_efficiency"),
+        )
+        return run_status(self._recorder.books, live, now_unix_s=SYSTEM_CLOCK.unix_s())
+
+    async def throughput(self, window_s: float, since_s: float) -> tuple[float | None, int]:
+        """Samples/s and number of the steps of the last ``window_s`` s; session time."""
+        return self._recorder.throughput(window_s, since_s)
 
     async def keep_state(self, name: str, value: dict[str, Any]) -> None:
         """Keep what an actor needs when it is started again."""
@@ -228,21 +281,29 @@ class NodeAgentActor:
         self._coordinator = ray.get_actor(coordinator, namespace=NAMESPACE)
         self._agent = NodeAgent(settings, self._on_event, self._on_row)
         self._outbox = Outbox(self._deliver)
+        self._life = secrets.token_hex(8)
+        self._num_dropped_said = 0
 
     def _on_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
         self._outbox.put((engine_id, kind, values))
 
-    def _on_row(self, row: dict[str, Any]) -> None:
+    def _on_row(self, row: AnyRow) -> None:
         self._outbox.put((row,))
 
-    def _deliver(self, items: list[Item]) -> None:
-        while True:
-            try:
-                ray.get(self._coordinator.deliver.remote(self._settings.node_id, items))
-            except ray.exceptions.ActorUnavailableError:
-                SYSTEM_CLOCK.sleep(_RETRY_S)
-            else:
-                return
+    def _deliver(self, number: int, items: list[Item]) -> None:
+        ray.get(
+            self._coordinator.deliver.remote(
+                self._settings.node_id, self._life, number, SYSTEM_CLOCK.monotonic_s(), items
+            ),
+            timeout=_DELIVERY_S,
+        )
+        num_dropped = self._outbox.num_dropped
+        if num_dropped > self._num_dropped_said:
+            self._num_dropped_said = num_dropped
+            text = (
+                f"{num_dropped} rows of node {self._settings.node_id[:8]} could not be delivered and are lost"
+            )
+            self._on_row(NoteRow(code="EADT-349", text=text))
 
     async def start(self) -> None:
         """Start everything on this node and join the run."""
@@ -254,7 +315,8 @@ class NodeAgentActor:
     async def stop(self) -> None:
         """End everything on this node."""
         await asyncio.to_thread(self._agent.stop)
-        await asyncio.to_thread(self._outbox.flush, _CALL_TIMEOUT_S)
+        await asyncio.to_thread(self._outbox.flush, _FLUSH_S)
+        self._outbox.close()
 
     async def ping(self) -> str:
         """Answer."""
@@ -276,13 +338,13 @@ class NodeAgentActor:
         """Process numbers of live engines."""
         return self._agent.engine_pids()
 
-    async def set_phase(self, phase: str) -> None:
+    async def set_use(self, use: str) -> None:
         """Book energy under a use."""
-        self._agent.set_phase(phase)
+        self._agent.set_use(use)
 
-    async def set_booked(self, components: Sequence[str]) -> None:
+    async def set_metered(self, metered: Metered) -> None:
         """Which components this node books."""
-        self._agent.set_booked(components)
+        self._agent.set_metered(metered)
 
     async def renew_lease(self) -> None:
         """A host is there."""
@@ -294,7 +356,7 @@ class NodeAgentActor:
 
     async def available_bytes(self) -> int:
         """Memory for new engines."""
-        return self._agent.available_bytes()
+        return await asyncio.to_thread(self._agent.available_bytes)
 
     async def reserve(self, num_bytes: int) -> str:
         """Room for state."""

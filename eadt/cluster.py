@@ -22,21 +22,17 @@ from eadt.adapters.ray_train import draining_nodes, run_host_group
 from eadt.clock import monotonic_s
 from eadt.config import RunConfig
 from eadt.coordination.hosts import HOST_BEAT_S
-from eadt.coordination.nodes import NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node.agent import agent_settings
 from eadt.supervisor_actor import EnergySupervisorActor, supervisor_name
 from eadt.training.host import run_host
-from eadt.units import Quality, sum_if_known
 
 _WATCH_S = 1.0
 _LOOK_S = 1.0
 _RESTART_LOOK_S = 0.5
 """How often Ray Train's controller looks at the hosts, in s; only a restart waits for that."""
 
-_RATE_WINDOW_S = 30.0
-_POWER_WINDOW_S = 10.0
 _CALL_TIMEOUT_S = 30.0
 _AGENT_RETRY_S = 5.0
 
@@ -180,6 +176,7 @@ class ClusterRun:
         self._last_phase = ""
         self._is_reporting = False
         self._agents_due_s: dict[str, float] = {}
+        self._pings: dict[str, Any] = {}
 
     def start(self) -> None:
         """Start coordinator, supervisor and node agents.
@@ -202,6 +199,7 @@ class ClusterRun:
             .options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
             .remote(self._settings, str(self._config.run_folder))
         )
+        self._coordinator.announce.remote(ray.get_runtime_context().get_node_id(), os.getpid())
         self._run_reference = self._coordinator.run.remote()
         settings = self._settings
         self._supervisor = (
@@ -297,6 +295,7 @@ class ClusterRun:
         while not self._over.wait(_WATCH_S):
             try:
                 self._watch_nodes()
+                self._watch_agents()
                 self._watch_run()
             except (ray.exceptions.RayError, TimeoutError) as error:
                 self._on_event({"type": "note", "code": "EADT-305", "text": _first_line(error)})
@@ -304,14 +303,14 @@ class ClusterRun:
     def _watch_run(self) -> None:
         while self._interrupts:
             self._ask(self._coordinator.interrupt.remote(self._interrupts.pop(0)))
-        look = self._ask(self._coordinator.look.remote(self._events_seen, _RATE_WINDOW_S))
+        look = self._ask(self._coordinator.look.remote(self._events_seen))
         self._events_seen, snapshot = look["events_seen"], look["snapshot"]
         for event in look["events"]:
             self._on_event(event)
         self._watch_resources(snapshot)
         if snapshot["is_training"] or (snapshot["status"] == "completed" and self._is_reporting):
             self._is_reporting = snapshot["is_training"]  # once more at the end
-            self._on_event(self._progress(snapshot, look["samples_per_second"]))
+            self._on_event({"type": "progress", "status": look["status"]})
         elif snapshot["waiting_for"] and snapshot["waiting_for"] != self._last_phase:
             self._last_phase = snapshot["waiting_for"]
             self._on_event({"type": "phase", "text": f"waiting for {self._last_phase}"})
@@ -338,30 +337,6 @@ class ClusterRun:
                     )
                 )
             )
-
-    def _progress(self, snapshot: dict[str, Any], rate: float | None) -> dict[str, Any]:
-        steps_left = snapshot["max_steps"] - snapshot["step"]
-        readings = self._read_agents()
-        power_w = sum_if_known([reading.power_w if reading else None for reading in readings])
-        quality = Quality.worst(reading.quality for reading in readings if reading)
-        eta_s = steps_left * self._settings.train_batch_size / rate if rate else None
-        setpoint = snapshot["setpoint"] or snapshot["desired"]
-        return {
-            "type": "progress",
-            "step": snapshot["step"],
-            "max_steps": snapshot["max_steps"],
-            "loss": snapshot["loss"],
-            "samples_per_second": rate,
-            "power_w": power_w,
-            "power_quality": None if power_w is None else str(quality),
-            "joules_per_sample": power_w / rate if power_w is not None and rate else None,
-            "energy_j": sum_if_known([reading.energy_j if reading else None for reading in readings]),
-            "num_workers": setpoint.num_workers,
-            "share_percentage": setpoint.mps_active_thread_percentage,
-            "eta_s": eta_s,
-            "eta_energy_j": eta_s * power_w if eta_s is not None and power_w is not None else None,
-            "setpoint_text": setpoint.describe(),
-        }
 
     # -- nodes ------------------------------------------------------------------------------------
 
@@ -400,22 +375,21 @@ class ClusterRun:
             self._agents_due_s[node_id] = monotonic_s() + _AGENT_RETRY_S
             self._coordinator.lose_node.remote(node_id, why)
 
-    def _read_agents(self) -> list[NodeReading | None]:
-        """What each node's meter says; ``None`` for one that does not answer."""
-        references = {
-            node_id: agent.reading.remote(_POWER_WINDOW_S) for node_id, agent in self._agents.items()
-        }
-        answers: list[NodeReading | None] = []
-        for node_id, reference in references.items():
-            answer = None
-            try:
-                answer = self._ask(reference)
-            except ray.exceptions.ActorDiedError:
-                self._lose_agent(node_id, "its agent has died")
-            except (ray.exceptions.RayError, TimeoutError):
-                pass  # not now; what is unknown is shown as unknown
-            answers.append(answer)
-        return answers
+    def _watch_agents(self) -> None:
+        """Notice agents that died while their nodes live. Does not wait for one that is slow to answer."""
+        for node_id, agent in self._agents.items():
+            self._pings.setdefault(node_id, agent.ping.remote())
+        done, _ = ray.wait(list(self._pings.values()), num_returns=len(self._pings), timeout=0) \
+            if self._pings else ([], [])  # fmt: skip
+        for node_id, reference in list(self._pings.items()):
+            if reference in done:
+                del self._pings[node_id]
+                try:
+                    ray.get(reference)
+                except ray.exceptions.ActorDiedError:
+                    self._lose_agent(node_id, "its agent has died")
+                except ray.exceptions.RayError:
+                    pass  # not now
 
     def _is_for_training(self, resources: dict[str, float]) -> bool:
         return resources.get("GPU" if self._devices.is_gpu else "CPU", 0) > 0

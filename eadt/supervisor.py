@@ -13,7 +13,6 @@ coordinator *before* it is acted upon: after a restart no decision is lost, and 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -24,12 +23,11 @@ from eadt.control.observation import Observation
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
-from eadt.units import Quality, format_duration, sum_if_known
+from eadt.record.rows import AnyRow, DecisionRow, NoteRow, as_event, row_from
+from eadt.units import Quality, format_duration
 
 logger = logging.getLogger(__name__)
 
-_OBSERVATIONS_KEPT = 20
-_DECISIONS_SHOWN = 20
 _POLLS_IN_AN_INTERVAL = 5
 _LONGEST_POLL_S = 2.0
 _SHORTEST_POLL_S = 0.05
@@ -50,7 +48,7 @@ class RunView(Protocol):
         """See :meth:`eadt.coordination.coordinator.Coordinator.snapshot`."""
         ...
 
-    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
+    async def throughput(self, window_s: float, since_s: float) -> tuple[float | None, int]:
         """Samples/s and number of the steps that ended in the window; see ``Recorder.throughput``."""
         ...
 
@@ -69,7 +67,7 @@ class RunView(Protocol):
         """``state``: ``unknown``, ``pending`` or ``applied`` (``at_s``, ``pause_s``, ``num_workers``)."""
         ...
 
-    async def book(self, row: dict[str, Any]) -> None:
+    async def book(self, row: AnyRow) -> None:
         """Append a row to the ledger."""
         ...
 
@@ -138,37 +136,6 @@ class _ChangeUnderWay:
         )
 
 
-class _EnergyTally:
-    """Energy of all nodes so far; nodes that have gone, and agents that began anew, stay in the sum."""
-
-    def __init__(self) -> None:
-        self._readings: dict[str, tuple[float, float] | None] = {}  # of earlier agents, of the present one
-        self.quality: Quality | None = None
-
-    def add(self, node_id: str, energy_j: float | None) -> None:
-        reading = self._readings.get(node_id)
-        if energy_j is None:
-            self._readings.setdefault(node_id, None)
-            return
-        earlier_j, last_j = reading or (0.0, 0.0)
-        if energy_j < last_j:
-            earlier_j += last_j  # its agent was started again and counts from zero
-        self._readings[node_id] = (earlier_j, energy_j)
-
-    @property
-    def energy_j(self) -> float | None:
-        return sum_if_known([sum(pair) if pair is not None else None for pair in self._readings.values()])
-
-    def to_state(self) -> dict[str, Any]:
-        return {"readings": self._readings, "quality": self.quality}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._readings = {
-            node: None if pair is None else tuple(pair) for node, pair in state["readings"].items()
-        }
-        self.quality = None if state["quality"] is None else Quality(state["quality"])
-
-
 class EnergySupervisor:
     """See the module. Not thread-safe, and :meth:`tick` must not be entered twice at a time.
 
@@ -192,14 +159,11 @@ class EnergySupervisor:
         self._clock = clock
         self._loop: ControlLoop | None = None
         self._snapshot: dict[str, Any] | None = None
-        self._heard_at_s: float | None = None
         self._silent_since_s: float | None = None
         self._window: _Window | None = None
         self._change: _ChangeUnderWay | None = None
-        self._observations: deque[dict[str, Any]] = deque(maxlen=_OBSERVATIONS_KEPT)
-        self._energy = _EnergyTally()
         self._power_is_known = True
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[AnyRow] = []
         self._is_changed = False
         self._is_over = False
 
@@ -265,8 +229,7 @@ class EnergySupervisor:
         await self._follow_change(loop, snapshot)
         observation = await self._collect(snapshot)
         if observation is not None:
-            self._observations.append(observation.as_dict())
-            self._rows.append({"type": "observation", **observation.as_dict()})
+            self._rows.append(row_from("observation", observation.as_dict()))
             self._carry_out(
                 loop.step(
                     observation,
@@ -289,10 +252,8 @@ class EnergySupervisor:
         snapshot = await self._ask_snapshot()
         loop = self._make_loop(state["loop"])
         self._change = _ChangeUnderWay.from_state(state["change"]) if state["change"] else None
-        self._observations.extend(state["observations"])
-        self._energy.restore(state["energy"])
         self._power_is_known = state["power_is_known"]
-        self._rows = [dict(row) for row in state["rows"]]
+        self._rows = [row_from("decision", row) for row in state["rows"]]
         self._note("EADT-372", "the energy supervisor was started again and goes on from what it had kept")
         # Of a change under way the coordinator knows what came of it; all else is found as it is.
         if self._change is None and snapshot["setpoint"] is not None:
@@ -303,7 +264,6 @@ class EnergySupervisor:
 
     async def _ask_snapshot(self) -> dict[str, Any]:
         self._snapshot = await self._run.snapshot()
-        self._heard_at_s = self._clock.monotonic_s()
         return self._snapshot
 
     def _remaining_s(self, observation: Observation, snapshot: dict[str, Any]) -> float | None:
@@ -334,7 +294,7 @@ class EnergySupervisor:
         if at_s - since_s > _LONGEST_WINDOW_IN_INTERVALS * interval_s:
             since_s = at_s - interval_s
         window_s = at_s - since_s
-        throughput, num_steps = await self._run.throughput(window_s, snapshot["began_unix_s"] + since_s)
+        throughput, num_steps = await self._run.throughput(window_s, since_s)
         power_w, quality = await self._read_power(snapshot, window_s)
         after = await self._ask_snapshot()
         if not _is_training(after) or after["generation"] != window.generation:
@@ -353,24 +313,12 @@ class EnergySupervisor:
         )
 
     async def _read_power(self, snapshot: dict[str, Any], window_s: float) -> tuple[float | None, Quality]:
-        """Whole-job power in W and the worst quality in it; unknown if any training node's is."""
-        training = list(snapshot["node_ids"])
-        parked = sorted({host["node_id"] for host in snapshot["hosts"]} - set(training))
-        readings = await self._run.readings(training + parked, window_s)
-        for node_id, reading in readings.items():
-            self._energy.add(node_id, reading.energy_j if reading else None)
+        """Whole-job power in W and the worst quality in it; unknown if that of any part of it is."""
+        readings = await self._run.readings(snapshot["booking_node_ids"], window_s)
         powers = {node_id: reading.power_w if reading else None for node_id, reading in readings.items()}
-        if all(powers[node_id] == 0.0 for node_id in training):
-            # Another Ray node on the same machine has the meter, and trains nothing itself.
-            meant = training + parked
-        else:
-            meant = training
-        known = [node_id for node_id in meant if powers[node_id] is not None]
-        unknown = [node_id for node_id in meant if powers[node_id] is None]
-        power_w = sum(powers[node_id] or 0.0 for node_id in known)
-        quality = Quality.worst(reading.quality for name in known if (reading := readings[name]))
-        if known:
-            self._energy.quality = Quality.worst([quality, self._energy.quality or Quality.MEASURED])
+        unknown = [node_id for node_id, power_w in powers.items() if power_w is None]
+        power_w = sum(power_w or 0.0 for power_w in powers.values())
+        quality = Quality.worst(reading.quality for reading in readings.values() if reading)
         is_known = not unknown and power_w > 0.0
         if is_known != self._power_is_known:
             self._power_is_known = is_known
@@ -389,7 +337,7 @@ class EnergySupervisor:
         """Take note of what the loop asks for; :meth:`_write_down` and :meth:`_follow_change` do it."""
         for effect in effects:
             if isinstance(effect, RecordDecision):
-                self._rows.append(effect.row)
+                self._rows.append(row_from("decision", effect.row))
             elif isinstance(effect, ApplySetpoint):
                 self._change = _ChangeUnderWay(effect.decision_id, effect.setpoint, effect.reason)
         self._is_changed = True
@@ -459,7 +407,7 @@ class EnergySupervisor:
         self._carry_out(effects)
 
     def _note(self, code: str, text: str) -> None:
-        self._rows.append({"type": "note", "code": code, "text": text})
+        self._rows.append(NoteRow(code=code, text=text))
 
     # -- being asked --------------------------------------------------------------------------------
 
@@ -468,38 +416,14 @@ class EnergySupervisor:
         assert self._loop is not None
         return {
             "loop": self._loop.to_state(),
+            # For those who ask how the run stands.
+            "policy": self._settings.policy,
+            "phase": self._loop.phase,
+            "best_efficiency": self._loop.best_efficiency,
             "change": self._change.to_state() if self._change else None,
-            "observations": list(self._observations),
-            "energy": self._energy.to_state(),
             "power_is_known": self._power_is_known,
             # A row of a decision may be booked twice, since a later one updates the earlier.
-            "rows": [row for row in self._rows if row["type"] == "decision"],
-        }
-
-    def status(self) -> dict[str, Any]:
-        """The run and the supervisor as they stand, JSON-serialisable; see ``eadt status``."""
-        run, loop = self._snapshot or {}, self._loop
-        setpoint, desired = run.get("setpoint"), run.get("desired")
-        age_s = None if self._heard_at_s is None else self._clock.monotonic_s() - self._heard_at_s
-        return {
-            "run": run.get("name"),
-            "name": run.get("name"),
-            "run_id": run.get("run_id"),
-            "status": run.get("status", "starting"),
-            "age_s": age_s,
-            "coordinator_answers": self._silent_since_s is None,
-            "waiting_for": run.get("waiting_for", ""),
-            "policy": self._settings.policy,
-            "phase": loop.phase if loop else "starting",
-            "setpoint": setpoint.as_dict() if setpoint else None,
-            "desired": desired.as_dict() if desired else None,
-            "step": run.get("step"),
-            "progress": {name: run.get(name) for name in ("step", "max_steps", "loss", "generation", "at_s")},
-            "best_efficiency_samples_per_j": loop.best_efficiency if loop else None,
-            "energy_j": self._energy.energy_j,
-            "energy_quality": str(self._energy.quality) if self._energy.quality else None,
-            "observations": list(self._observations),
-            "decisions": loop.decisions[-_DECISIONS_SHOWN:] if loop else [],
+            "rows": [as_event(row) for row in self._rows if isinstance(row, DecisionRow)],
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from eadt.control.factory import make_control_loop
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
+from eadt.record.rows import AnyRow
 from eadt.supervisor import EnergySupervisor, SupervisorSettings
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,9 @@ class RayRunView:
         snapshot: dict[str, Any] = await self._ask("snapshot")
         return snapshot
 
-    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
+    async def throughput(self, window_s: float, since_s: float) -> tuple[float | None, int]:
         """See ``RunView``."""
-        answer: tuple[float | None, int] = await self._ask("throughput", window_s, since_unix_s)
+        answer: tuple[float | None, int] = await self._ask("throughput", window_s, since_s)
         return answer
 
     async def readings(self, node_ids: Sequence[str], window_s: float) -> dict[str, NodeReading | None]:
@@ -76,7 +78,7 @@ class RayRunView:
         answer: dict[str, Any] = await self._ask("change_state", decision_id)
         return answer
 
-    async def book(self, row: dict[str, Any]) -> None:
+    async def book(self, row: AnyRow) -> None:
         """See ``RunView``."""
         await self._ask("book", row)
 
@@ -85,7 +87,8 @@ class RayRunView:
         await self._ask("keep_state", "supervisor", state)
 
     async def kept_state(self) -> dict[str, Any] | None:
-        """See ``RunView``."""
+        """See ``RunView``; asked once in the life of this process, which says who it is by the way."""
+        await self._ask("announce", ray.get_runtime_context().get_node_id(), os.getpid())
         state: dict[str, Any] | None = await self._ask("kept_state", "supervisor")
         return state
 
@@ -148,10 +151,6 @@ class EnergySupervisorActor:
         """Begin to supervise. Idempotent."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._supervise())
-
-    async def status(self) -> dict[str, Any]:
-        """The run and the supervisor as they stand; see ``EnergySupervisor.status``."""
-        return self._supervisor.status()
 
     async def stop(self) -> None:
         """Stop supervising, and bring the log up to date. Idempotent."""

@@ -125,6 +125,8 @@ class SupervisedScalingPolicy(ScalingPolicy):  # type: ignore[misc]
         try:
             if self._handle is None:
                 self._handle = ray.get_actor(self._name, namespace=self._namespace)
+                # This process is the run's own too, and its CPU time is no other tenant's.
+                self._handle.announce.remote(ray.get_runtime_context().get_node_id(), os.getpid())
             free = self._num_free()
             answer = ray.get(
                 self._handle.host_target.remote(sorted(alive), free, present, self._group_is_up),

@@ -109,6 +109,12 @@ class PowerConfig(Section):
         description="`auto`: NVML, then RAPL, then an estimate, whichever each part of a node can give.",
     )
     sampling_interval: float = Field(1.0, ge=0.02, description="Seconds between two readings on a node.")
+    booking_interval: float = Field(
+        10.0,
+        ge=0.1,
+        description="Longest interval in s in which a node's energy is written down; a change of what it is "
+        "for always ends one.",
+    )
     estimate: PowerEstimateConfig = Field(
         default_factory=PowerEstimateConfig, description="Power model of the estimate."
     )

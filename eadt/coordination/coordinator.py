@@ -14,20 +14,32 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Collection, Coroutine
+from dataclasses import asdict
 from typing import Any
 
-from eadt.clock import unix_s
 from eadt.control.batch import feasible_worker_counts, plan_batch
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.generation import Generation, Phase
 from eadt.coordination.hosts import HostTable
-from eadt.coordination.nodes import NodeClient, NodeInfo
+from eadt.coordination.metering import Metered, booking_nodes, elect
+from eadt.coordination.nodes import NodeClient, NodeInfo, NodeTime
 from eadt.coordination.placement import Host, Placement, place
-from eadt.coordination.recorder import Change, Recorder
+from eadt.coordination.recorder import Change, Recorder, StepRecord
 from eadt.coordination.settings import RunSettings
 from eadt.coordination.specs import engine_bytes, make_specs
 from eadt.coordination.state_keeper import StateKeeper
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
+from eadt.record.rows import (
+    AnyRow,
+    EndRow,
+    FaultRow,
+    GenerationRow,
+    NodeRow,
+    RollbackRow,
+    SessionRow,
+    ValidationRow,
+)
+from eadt.record.status import LiveFacts
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +63,9 @@ class Coordinator:
         self.final_model_path: str | None = None
         self.num_params: int | None = None
         self._nodes: dict[str, tuple[NodeInfo, NodeClient]] = {}
+        self._times: dict[str, NodeTime] = {}
+        self._metered: dict[str, Metered] = {}
+        self._own_pids: dict[str, set[int]] = {}
         self._draining: dict[str, float | None] = {}
         self._hosts = HostTable()
         self._num_recovering = 0
@@ -67,7 +82,10 @@ class Coordinator:
         self._proven: Setpoint | None = None
         self._num_failures = 0
         self._failed_at_step = -1
-        self._last_step = (0, 0.0)
+        self._step = 0
+        self._last_step: StepRecord | None = None
+        self._setting = 0
+        self._in_force: Setpoint | None = None
         self._interrupt_reason: str | None = None
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
@@ -86,6 +104,7 @@ class Coordinator:
             while not self.is_over:
                 self._wake.clear()
                 self._reconcile()
+                self.recorder.tick(self._step)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _TICK_S)
         except EadtError as error:
@@ -99,22 +118,20 @@ class Coordinator:
         return self.status in ("completed", "interrupted", "failed")
 
     async def _start(self) -> None:
-        event = "started"
         if self.settings.resume:
             await self._state.find_checkpoint()
-            event = "resumed" if self._state.has_checkpoint else "started"
+        self._step = self._state.resumed_step
         self.recorder.book(
-            {
-                "type": "run",
-                "event": event,
-                "status": "running",
-                "run_id": self.settings.run_id,
-                "name": self.settings.name,
-                "train_batch_size": self.settings.train_batch_size,
-                "sequence_length": self.settings.job.training.sequence_length,
-                "resumed_step": self._state.resumed_step,
-                **self.settings.run_row,
-            }
+            SessionRow(
+                run_id=self.settings.run_id,
+                name=self.settings.name,
+                resumed_step=self._state.resumed_step,
+                train_batch_size=self.settings.train_batch_size,
+                sequence_length=self.settings.job.training.sequence_length,
+                max_steps=self.settings.job.max_steps,
+                config=self.settings.run_row["config"],
+                versions=self.settings.run_row["versions"],
+            )
         )
 
     def _reconcile(self) -> None:
@@ -249,8 +266,7 @@ class Coordinator:
         self._state.drop_lost()
         if self._state.newest is None and self._state.has_checkpoint:
             await self._state.restore(placement.node_ids)
-            step = max(self._last_step[0], self._state.resumed_step)
-            self._last_step = (step, self._last_step[1] or unix_s())
+            self._step = max(self._step, self._state.resumed_step)
         self._fork(placement, resume=self._state.newest is not None)
 
     async def _begin_ahead(self, current: Generation, placement: Placement) -> None:
@@ -268,7 +284,7 @@ class Coordinator:
             needed = engine_bytes(current, placement.num_workers) * len(seats)
             try:
                 available = await self._nodes[node_id][1].available_bytes()
-            except EnvironmentFailure:
+            except EadtError:
                 return False
             if available < needed:
                 return False
@@ -286,14 +302,29 @@ class Coordinator:
             setpoint=setpoint,
             placement=placement,
             batch=batch,
-            specs=make_specs(self.settings, self._number, placement, batch, setpoint, infos, resume=resume),
+            specs=make_specs(
+                self.settings,
+                self._number,
+                self._setting_for(setpoint),
+                placement,
+                batch,
+                setpoint,
+                infos,
+                resume=resume,
+            ),
             reason=self._desired_reason,
             decision_id=self._decision_id,
-            started_at_s=unix_s(),
+            setting=self._setting_for(setpoint),
+            started_at_s=self.recorder.at_s,
         )
         for node_id in placement.node_ids:
             specs = [spec for spec in self._next.specs if spec.node_id == node_id]
             self._nodes[node_id][1].fork(specs)
+
+    def _setting_for(self, setpoint: Setpoint) -> int:
+        """Number of the setting that a next generation trains at."""
+        same = self._in_force is not None and self._in_force == setpoint
+        return self._setting if same else self._setting + 1
 
     def _discard(self, generation: Generation) -> None:
         """Give up a generation that does not train."""
@@ -343,19 +374,18 @@ class Coordinator:
         taking_part = set(generation.placement.node_ids)
         for node_id, (_, client) in self._nodes.items():
             if node_id not in taking_part:
-                client.set_phase("idle")
+                client.set_use("idle")
 
     def _open_change(self, previous: Generation | None, generation: Generation) -> None:
         if previous is None:
             return
-        step, ended_unix_s = self._last_step
         resumed = self._state.newest.step if self._state.newest is not None else 0
         group_changed = self._hosts.take_group_change()
         kind = "restart" if self.settings.mode == "restart" else "group" if group_changed else "in_place"
         parts: dict[str, float] = {}
         for save in previous.saves.get(resumed, {}).values():
             parts["save_s"] = max(parts.get("save_s", 0.0), save["seconds"])
-        parts["prepare_s"] = unix_s() - generation.started_at_s
+        parts["prepare_s"] = self.recorder.at_s - generation.started_at_s
         self.recorder.open_change(
             Change(
                 kind=kind,
@@ -363,9 +393,9 @@ class Coordinator:
                 before=previous.setpoint,
                 after=generation.setpoint,
                 from_workers=previous.placement.num_workers,
-                last_step=step,
-                last_step_unix_s=ended_unix_s,
-                lost_steps=max(0, step - resumed),
+                last_step=self._last_step,
+                resumed_step=resumed,
+                lost_steps=max(0, self._step - resumed),
                 decision_id=generation.decision_id,
                 parts=parts,
             )
@@ -380,20 +410,26 @@ class Coordinator:
         if change is not None:
             change.parts["load_s"] = max(event["timings"]["load_s"] for event in generation.loaded.values())
         self._state.end_loading()
+        self._setting, self._in_force = generation.setting, generation.setpoint
+        first = generation.loaded[0]
+        began_s = self._session_s(generation.specs[0].node_id, first["t"])
+        self.recorder.become("useful", began_s, first["step"], generation.number, generation.setting)
         self.recorder.book(
-            {
-                "type": "generation",
-                "event": "started",
-                "generation": generation.number,
-                "setpoint": generation.setpoint.as_dict(),
-                "world_size": generation.batch.num_workers,
-                "micro_batch": generation.batch.micro_batch,
-                "accumulation": generation.batch.accumulation,
-                "num_devices": generation.placement.num_devices,
-                "shares": [spec.share.__dict__ for spec in generation.specs],
-                "remote_bytes": sum(event["num_remote_bytes"] for event in generation.loaded.values()),
-                "reason": generation.reason,
-            }
+            GenerationRow(
+                event="started",
+                at_s=began_s,
+                generation=generation.number,
+                setting=generation.setting,
+                step=first["step"],
+                setpoint=generation.setpoint.as_dict(),
+                world_size=generation.batch.num_workers,
+                micro_batch=generation.batch.micro_batch,
+                accumulation=generation.batch.accumulation,
+                num_devices=generation.placement.num_devices,
+                shares=[asdict(spec.share) for spec in generation.specs],
+                remote_bytes=sum(event["num_remote_bytes"] for event in generation.loaded.values()),
+                reason=generation.reason,
+            )
         )
 
     def _on_granted(self, slot: int) -> None:
@@ -417,8 +453,7 @@ class Coordinator:
         if values["stopped"]:
             generation.phase = Phase.STOPPED
             if self._desired.paused:
-                for _, client in self._nodes.values():
-                    client.set_phase("idle")
+                self._all_become("idle")
             self._end_generation(generation)
             if values["final"]:
                 self._busy = self._spawn(self._conclude_completed(generation))
@@ -426,18 +461,22 @@ class Coordinator:
                 self._tell(generation, "exit")
                 if self.settings.mode == "restart":
                     self._busy = self._spawn(self._restart_from_storage())
-        elif self._state.is_checkpoint_due(self._last_step[0]):
+        elif self._state.is_checkpoint_due(self._step):
             self._spawn(self._state.persist("periodic"))
 
     def _end_generation(self, generation: Generation) -> None:
         self.recorder.book(
-            {
-                "type": "generation",
-                "event": "ended",
-                "generation": generation.number,
-                "step": self._last_step[0],
-            }
+            GenerationRow(
+                event="ended", generation=generation.number, setting=generation.setting, step=self._step
+            )
         )
+
+    def _all_become(self, use: str) -> None:
+        """Neither the job's time nor any node's energy is for training now."""
+        generation = self._current.number if self._current is not None else 0
+        self.recorder.become(use, self.recorder.at_s, self._step, generation, self._setting)
+        for _, client in self._nodes.values():
+            client.set_use(use)
 
     async def _restart_from_storage(self) -> None:
         """Restart mode: the state goes through a checkpoint, and memory is given back."""
@@ -448,9 +487,6 @@ class Coordinator:
 
     def engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
         """Something that an engine said, or its end (``exit``)."""
-        if kind == "phase":
-            self.recorder.book({"type": "phase", "node": node_id, **values})
-            return
         generation, rank = self._find(engine_id)
         if generation is None or rank is None:
             return
@@ -481,33 +517,51 @@ class Coordinator:
 
     def _engine_loaded(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
         generation.loaded[rank] = values
-        spec = generation.specs[rank]
-        if spec.primary_on_node:
-            self.recorder.book({"type": "phase", "node": node_id, "phase": "train", "t": values["t"]})
+        del node_id
         if len(generation.loaded) == len(generation.specs) and generation.phase is Phase.LOADING:
             self._on_loaded(generation)
 
+    def _engine_use(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
+        if rank == 0 and generation is self._current:
+            at_s = self._session_s(node_id, values["t"])
+            self.recorder.become(values["use"], at_s, values["step"], generation.number, generation.setting)
+
     def _engine_step(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
-        del rank
-        ended_unix_s = self._nodes[node_id][0].unix_s(values["t1"])
-        row = {"type": "step", "node": node_id, "generation": generation.number, **values}
-        change = self.recorder.book_step(row, ended_unix_s)
+        if rank != 0:
+            return
+        record = StepRecord(
+            step=values["step"],
+            node_id=node_id,
+            t0=values["t0"],
+            t1=values["t1"],
+            ended_at_s=self._session_s(node_id, values["t1"]),
+            samples=values["samples"],
+            loss=values["loss"],
+            generation=generation.number,
+        )
+        change = self.recorder.book_step(record, generation.setting, values)
         if change is not None:
             self._change_done(change)
-        if values["primary"]:
-            self._last_step = (values["step"], ended_unix_s)
-            if values["step"] > self._failed_at_step:
-                self._num_failures = 0
-            if self._is_wanted(generation):
-                self._proven = self._desired
-            if self._state.is_checkpoint_due(values["step"]) and generation.phase is Phase.TRAINING:
-                self._tell(generation, "save", ranks={0})
+        self._step, self._last_step = record.step, record
+        if record.step > self._failed_at_step:
+            self._num_failures = 0
+        if self._is_wanted(generation):
+            self._proven = self._desired
+        if self._state.is_checkpoint_due(record.step) and generation.phase is Phase.TRAINING:
+            self._tell(generation, "save", ranks={0})
+
+    def _session_s(self, node_id: str, node_s: float) -> float:
+        """A node's monotonic time as session time."""
+        time = self._times.get(node_id)
+        return self.recorder.at_s if time is None else min(time.session_s(node_s), self.recorder.at_s)
 
     def _engine_validation(
         self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]
     ) -> None:
-        del generation, rank, node_id
-        self.recorder.book({"type": "validation", **values})
+        del rank, node_id
+        self.recorder.book(
+            ValidationRow(step=values["step"], loss=values["loss"], generation=generation.number)
+        )
 
     def _engine_saved(self, generation: Generation, rank: int, node_id: str, values: dict[str, Any]) -> None:
         del node_id
@@ -534,8 +588,7 @@ class Coordinator:
         """No host has come back to these engines: they end, their state saved."""
         del rank
         text = f"engines on node {node_id[:8]} had no host for {values['lease_s']:.0f} s and were ended"
-        self.recorder.book({"type": "fault", "kind": "lease_expired", "node": node_id, "detail": text,
-                            "at_s": self.recorder.at_s})  # fmt: skip
+        self.recorder.book(FaultRow(kind="lease_expired", node=node_id, detail=text))
         self._hosts.clear()
         if generation.phase is Phase.TRAINING:
             self._ask_stop(generation)
@@ -576,9 +629,8 @@ class Coordinator:
         if lost and error["cause"] == "peer_lost":  # what the survivors' network said is not the cause
             error = {"cause": "node_lost", "text": f"node {min(lost)[:8]} has gone"}
         self.recorder.book(
-            {"type": "fault", "kind": error["cause"], "node": node_id, "detail": error["text"],
-             "generation": generation.number, "at_s": self.recorder.at_s}
-        )  # fmt: skip
+            FaultRow(kind=error["cause"], node=node_id, detail=error["text"], generation=generation.number)
+        )
         if error["cause"] in ("user", "environment"):
             raise _as_error(error)
         if not was_training:
@@ -592,17 +644,15 @@ class Coordinator:
                 self._count_failure(error, log_tail)
             return
         self._state.engines_failed()
+        self._all_become("change")
         self.recorder.book(
-            {
-                "type": "rollback",
-                "generation": generation.number,
-                "resumed_step": self._state.resumed_step,
-                "reason": error["text"],
-            }
+            RollbackRow(
+                generation=generation.number,
+                resumed_step=self._state.resumed_step,
+                reason=error["text"],
+            )
         )
         self._end_generation(generation)
-        for _, client in self._nodes.values():
-            client.set_phase("restart")
         self._desired_reason = f"recovery: {error['text']}"
         if not self._go_back(generation, error):
             self._count_failure(error, log_tail)
@@ -628,7 +678,7 @@ class Coordinator:
 
     def _count_failure(self, error: dict[str, Any], log_tail: str) -> None:
         self._num_failures += 1
-        self._failed_at_step = self._last_step[0]
+        self._failed_at_step = self._step
         if self._num_failures >= self.settings.max_engine_failures:
             raise EnvironmentFailure(
                 f"engines failed {self._num_failures} times in a row without a step between: {error['text']}",
@@ -684,21 +734,16 @@ class Coordinator:
         for generation in (self._current, self._next):
             if generation is not None:
                 self._kill(generation)
-        for _, client in self._nodes.values():
-            client.set_phase("idle")
+        self._all_become("idle")
         self.recorder.close_change()
         if error is not None:
             self.recorder.note(error.code, f"{error.what}. {error.fix}".strip())
         self.recorder.book(
-            {
-                "type": "run",
-                "event": "ended",
-                "status": status,
-                "run_id": self.settings.run_id,
-                "name": self.settings.name,
-                "num_params": self.num_params,
-                "reason": self._interrupt_reason or (error.what if error else ""),
-            }
+            EndRow(
+                status=status,
+                num_params=self.num_params,
+                reason=self._interrupt_reason or (error.what if error else ""),
+            )
         )
 
     def interrupt(self, reason: str) -> None:
@@ -716,42 +761,62 @@ class Coordinator:
     def register_host(self, host: Host) -> None:
         """A host has come; hosts of an earlier worker group are forgotten."""
         self._hosts.register(host)
+        if self._hosts.is_complete:  # while a group assembles, nodes go on booking as before
+            self._elect_meters()
         self._wake.set()
 
     def add_node(self, info: NodeInfo, client: NodeClient) -> None:
         """A node's agent is up, for the first time or again."""
         self._nodes[info.node_id] = (info, client)
         self._draining.pop(info.node_id, None)
-        self.recorder.book(
-            {
-                "type": "node",
-                "node": info.node_id,
-                "hostname": info.hostname,
-                "anchor": info.anchor,
-                "sources": info.sources,
-                "num_gpus": info.num_gpus,
-                "num_cores": info.num_cores,
-            }
-        )
+        for code, text in info.notes:
+            self.recorder.note(code, f"{info.hostname}: {text}")
+        interval_s = self.settings.job.training.energy_monitoring_interval
+        if interval_s < info.honest_window_s:
+            self.recorder.note(
+                "EADT-334",
+                f"training.energy_monitoring_interval is {interval_s:g} s, but the meters of {info.hostname} "
+                f"are right over windows of {info.honest_window_s:g} s and more: decisions would rest on "
+                "coarse readings; set it higher",
+            )
         self._state.node_came(info.node_id)
+        self._metered.pop(info.node_id, None)  # a new agent books nothing until it is told
         self._elect_meters()
         self._wake.set()
 
+    def announce(self, node_id: str, pid: int) -> None:
+        """A process on a node is this run's, though its agent did not start it."""
+        known = self._own_pids.setdefault(node_id, set())
+        if pid not in known:
+            known.add(pid)
+            self._elect_meters()
+
+    def heard(self, node_id: str, sent_s: float) -> None:
+        """Something came from a node's agent, which sent it at this time of the node's monotonic clock."""
+        self._times.setdefault(node_id, NodeTime()).heard(sent_s, self.recorder.at_s)
+
+    def book(self, row: AnyRow) -> None:
+        """A row of a node agent or of the supervisor."""
+        if isinstance(row, NodeRow):
+            row.at_s = self._session_s(row.node, row.monotonic_s)
+        self.recorder.book(row)
+
     def _elect_meters(self) -> None:
-        """Let each piece of hardware be booked once, however many Ray nodes see it."""
-        taken: set[str] = set()
-        for info, client in self._nodes.values():
-            own = [name for name, identity in info.identities.items() if identity not in taken]
-            taken.update(info.identities.values())
-            client.set_booked(own)
+        """Let each piece of the run's own hardware be booked once, however many Ray nodes see it."""
+        infos = {node_id: info for node_id, (info, _) in self._nodes.items()}
+        elected = elect(infos, self._hosts.hosts, self._metered, self._own_pids)
+        for node_id, metered in elected.items():
+            if metered != self._metered.get(node_id, Metered()):
+                self._nodes[node_id][1].set_metered(metered)
+        self._metered = elected
 
     def lose_node(self, node_id: str, why: str) -> None:
         """A node has gone, with its engines, its hosts and its part of the state."""
         if self._nodes.pop(node_id, None) is None:
             return
         self._hosts.lose_node(node_id)
-        self.recorder.book({"type": "fault", "kind": "node_lost", "node": node_id, "detail": why,
-                            "at_s": self.recorder.at_s})  # fmt: skip
+        self.recorder.book(FaultRow(kind="node_lost", node=node_id, detail=why))
+        self._elect_meters()
         for generation in (self._current, self._next):
             if generation is not None and generation.is_alive and node_id in generation.placement.node_ids:
                 for spec in generation.specs:
@@ -767,10 +832,8 @@ class Coordinator:
             return
         self._draining[node_id] = deadline_unix_s
         self._desired_reason = f"node {node_id[:8]} is being drained"
-        self.recorder.book(
-            {"type": "fault", "kind": "drain", "node": node_id, "at_s": self.recorder.at_s,
-             "detail": "preemption notice" if deadline_unix_s else "drain without a deadline"}
-        )  # fmt: skip
+        detail = "preemption notice" if deadline_unix_s else "drain without a deadline"
+        self.recorder.book(FaultRow(kind="drain", node=node_id, detail=detail))
         self._wake.set()
 
     # -- setpoints --------------------------------------------------------------------------------
@@ -798,11 +861,11 @@ class Coordinator:
         return {"accepted": True, "why": ""}
 
     def _change_done(self, change: Change) -> None:
-        if change.decision_id is not None and change.first_step_unix_s is not None:
+        if change.decision_id is not None and change.first_step is not None:
             self._changes[change.decision_id] = {
                 "state": "applied",
                 "at_s": self.recorder.at_s,
-                "pause_s": change.first_step_unix_s - change.last_step_unix_s,
+                "pause_s": change.gap_s,
                 "num_workers": change.after.num_workers,
             }
 
@@ -816,14 +879,15 @@ class Coordinator:
         """The run as it stands: for the supervisor, the display and ``eadt status``."""
         current = self._current
         training = current is not None and current.phase in (Phase.TRAINING, Phase.STOPPING)
-        step, _ = self._last_step
-        last = self.recorder.steps[-1] if self.recorder.steps else None
+        last = self._last_step
+        nodes = {node_id: info for node_id, (info, _) in self._nodes.items()}
+        training_nodes = current.placement.node_ids if current else []
         return {
             "run_id": self.settings.run_id,
             "name": self.settings.name,
             "status": self.status,
             "at_s": self.recorder.at_s,
-            "step": step,
+            "step": self._step,
             "max_steps": self.settings.job.max_steps,
             "loss": last.loss if last else None,
             "num_params": self.num_params,
@@ -832,14 +896,27 @@ class Coordinator:
             "setpoint": current.setpoint if current and training else None,
             "desired": self._desired,
             "num_devices": current.placement.num_devices if current else 0,
-            "node_ids": current.placement.node_ids if current else [],
+            "node_ids": training_nodes,
+            "booking_node_ids": booking_nodes(nodes, self._metered, training_nodes),
             "hosts": [host.__dict__ for host in self._hosts.hosts],
             "num_nodes": len(self._nodes),
-            "began_unix_s": self.recorder.began_unix_s,
             "waiting_for": self._waiting_for(),
             "error": self.error,
             "final_model_path": self.final_model_path,
         }
+
+    def live_facts(self) -> LiveFacts:
+        """What the record does not say: how the run stands at this moment."""
+        current = self._current
+        return LiveFacts(
+            status=self.status,
+            at_s=self.recorder.at_s,
+            desired=self._desired.as_dict(),
+            waiting_for=self._waiting_for(),
+            is_training=current is not None and current.phase in (Phase.TRAINING, Phase.STOPPING),
+            generation=current.number if current else 0,
+            num_devices=current.placement.num_devices if current else 0,
+        )
 
     def _waiting_for(self) -> str:
         """One phrase on what the run waits for; empty while it trains."""

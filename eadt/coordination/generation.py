@@ -31,15 +31,18 @@ class Generation:
 
     Attributes:
         number: Counts up through the run, across resumes.
+        setting: Number of the setting that it trains at.
         setpoint: What it was made for, with the number of workers that were really placed.
         placement: Where its ranks sit.
         batch: The split of the global batch.
         specs: Its engines by rank.
         reason: Why it was made.
         decision_id: The decision behind it; ``None`` for a start or a recovery.
+        started_at_s: When its engines were asked for, session time in s.
     """
 
     number: int
+    setting: int
     setpoint: Setpoint
     placement: Placement
     batch: BatchPlan

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from eadt.training.checkpoint import Manifest, Shard
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout
 from eadt.units import Quality
+
+if TYPE_CHECKING:
+    from eadt.coordination.metering import Metered
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class NodeInfo:
         num_gpus: GPUs of the node.
         state_address: Host and port of its state server.
         slot_paths: Its state slots, by number.
-        anchor: Its clocks at one moment: ``monotonic_s`` and ``unix_s``.
-        sources: What measures its energy: ``component``, ``source``, ``quality``.
         identities: What each energy component really is, equal on all Ray nodes of one machine.
+        pretended: Components that are simulated cards: they are its own though Ray gave none.
+        honest_window_s: Shortest window over which its sensors are right, in s.
+        notes: What the user should know of its sensors: (code, text).
         data_path: Folder of the prepared data set there; empty without one.
     """
 
@@ -37,14 +41,38 @@ class NodeInfo:
     num_gpus: int
     state_address: tuple[str, int]
     slot_paths: tuple[str, ...]
-    anchor: dict[str, float]
-    sources: list[dict[str, Any]]
     identities: dict[str, str]
+    pretended: frozenset[str] = frozenset()
+    honest_window_s: float = 0.0
+    notes: tuple[tuple[str, str], ...] = ()
     data_path: str = ""
 
-    def unix_s(self, monotonic_s: float) -> float:
-        """A time of that node's monotonic clock as wall-clock time."""
-        return self.anchor["unix_s"] + monotonic_s - self.anchor["monotonic_s"]
+
+class NodeTime:
+    """Turns a node's monotonic times into session time, without any wall clock.
+
+    A message that was sent at ``t`` of the node's clock arrived at ``s`` of ours: the two clocks differ by
+    ``s - t``, less the time on the way. The least difference seen so far is the best; it is too large by the
+    shortest way, some milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._difference_s: float | None = None
+
+    def heard(self, sent_s: float, received_s: float) -> None:
+        """A message of the node has come.
+
+        Args:
+            sent_s: When it was sent, node time in s.
+            received_s: When it arrived, session time in s.
+        """
+        difference_s = received_s - sent_s
+        if self._difference_s is None or difference_s < self._difference_s:
+            self._difference_s = difference_s
+
+    def session_s(self, node_s: float) -> float:
+        """A node time as session time; as it is while nothing was heard."""
+        return node_s + (self._difference_s or 0.0)
 
 
 @dataclass(frozen=True)
@@ -52,16 +80,13 @@ class NodeReading:
     """What a node's meter says now.
 
     Attributes:
-        power_w: Mean power of the training devices over the window that was asked for, in W; unknown:
-            ``None``. Zero on a Ray node whose machine another Ray node measures.
+        power_w: Mean power over the window that was asked for, in W, of the devices that train and that this
+            node books: cards with engines, or the CPU of a node without. Unknown: ``None``.
         quality: How far ``power_w`` can be trusted.
-        energy_j: Energy of all components that this node books, since its agent's start, in J; unknown:
-            ``None``.
     """
 
     power_w: float | None
     quality: Quality
-    energy_j: float | None
 
 
 class NodeClient(Protocol):
@@ -83,7 +108,7 @@ class NodeClient(Protocol):
         """End engines at once."""
         ...
 
-    def set_phase(self, phase: str) -> None:
+    def set_use(self, use: str) -> None:
         """Book the node's energy under this use from now on."""
         ...
 
@@ -99,8 +124,8 @@ class NodeClient(Protocol):
         """Make room for state there; returns a sentence when it had to go to disk."""
         ...
 
-    def set_booked(self, components: Sequence[str]) -> None:
-        """Which of its energy components the node books."""
+    def set_metered(self, metered: Metered) -> None:
+        """What the node books from now on."""
         ...
 
     async def write_shard(

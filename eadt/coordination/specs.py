@@ -24,6 +24,7 @@ _BYTES_PER_PARAMETER = 24
 def make_specs(
     settings: RunSettings,
     number: int,
+    setting: int,
     placement: Placement,
     batch: BatchPlan,
     setpoint: Setpoint,
@@ -31,7 +32,7 @@ def make_specs(
     *,
     resume: bool,
 ) -> tuple[EngineSpec, ...]:
-    """The engines of generation ``number``, by rank."""
+    """The engines of generation ``number``, at setting ``setting``, by rank."""
     # Two ranks on one GPU: NCCL before 2.30 refuses them, gloo does not.
     backend = "nccl" if settings.device == "cuda" and not placement.shares_a_device else "gloo"
     specs = []
@@ -41,6 +42,7 @@ def make_specs(
             EngineSpec(
                 engine_id=f"engine-{number}-{seat.rank}",
                 generation=number,
+                setting=setting,
                 rank=seat.rank,
                 node_id=node.node_id,
                 node_ip=node.ip,

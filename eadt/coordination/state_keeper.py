@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
-from eadt.clock import unix_s
+from eadt.clock import monotonic_s
 from eadt.coordination.generation import Generation
 from eadt.coordination.nodes import NodeClient, NodeInfo
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
 from eadt.coordination.slots import SlotTable
 from eadt.errors import EadtError
+from eadt.record.rows import CheckpointRow
 from eadt.training.checkpoint import CheckpointStore, Kind, Manifest, new_attempt
 from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, span_elements
 
@@ -179,7 +180,7 @@ class StateKeeper:
         self._checkpoint_step = state.step
         reason = f"persist-{state.step}"
         self._slots.hold(slot, reason)
-        begun_s = unix_s()
+        begun_s = monotonic_s()
         try:
             attempt = new_attempt()
             shards = await asyncio.gather(
@@ -204,14 +205,13 @@ class StateKeeper:
         finally:
             self._release(reason)
         self._recorder.book(
-            {
-                "type": "checkpoint",
-                "step": state.step,
-                "path": info.path,
-                "seconds": unix_s() - begun_s,
-                "num_bytes": info.num_bytes,
-                "kind": kind,
-            }
+            CheckpointRow(
+                step=state.step,
+                path=info.path,
+                seconds=monotonic_s() - begun_s,
+                num_bytes=info.num_bytes,
+                kind=kind,
+            )
         )
 
     async def persist_unsaved(self) -> None:

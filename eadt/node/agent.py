@@ -15,26 +15,36 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from eadt.clock import SYSTEM_CLOCK, anchor, monotonic_s
+from eadt.adapters.nvml import ComputeProcess, Nvml
+from eadt.clock import SYSTEM_CLOCK, monotonic_s
 from eadt.config import PowerConfig, RunConfig, TrainingConfig
+from eadt.coordination.metering import Metered, component_of, unknown_name
 from eadt.coordination.nodes import NodeInfo, NodeReading
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EnvironmentFailure
+from eadt.node.booking import Doing, NodeBooking, NodeFacts, RowSink
+from eadt.node.card_states import CardLook, CardStates, look_at
+from eadt.node.deadline import DeviceCall
 from eadt.node.meter import Meter
-from eadt.node.sensors import SimulatedGpuSource, detect_sources
+from eadt.node.sensors import Component, NvmlSource, SourceSelection, detect_sources
+from eadt.node.tenants import Tenants, remove_tenant, write_tenant
+from eadt.node.utilisation import machine_id
+from eadt.record.rows import NoteRow
 from eadt.training.checkpoint import CheckpointStore, Manifest, Shard
 from eadt.training.engine_pool import EnginePool
 from eadt.training.engine_spec import EngineSpec
 from eadt.training.state import Span, StateLayout, StateSlot
 from eadt.training.state_server import StateServer
-from eadt.units import Quality, format_bytes, sum_if_known
+from eadt.units import format_bytes
 
 _LEASE_CHECK_S = 1.0
+_ASK_DEVICE_S = 5.0
 CPU_ENGINE_ENV = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 32))
 """Bytes; memory that an engine has freed stays with it, up to this, until it ends with its generation.
 
@@ -107,7 +117,27 @@ def agent_settings(config: RunConfig, settings: RunSettings, node_id: str, node_
 EventSink = Callable[[str, str, dict[str, Any]], None]
 """Gets (engine_id, kind, values)."""
 
-RowSink = Callable[[dict[str, Any]], None]
+
+@dataclass
+class _Sensors:
+    """What measures and books, from the agent's start to its end."""
+
+    selection: SourceSelection
+    meter: Meter
+    booking: NodeBooking
+    cards: CardStates
+
+    @property
+    def components(self) -> list[Component]:
+        """What can be booked here."""
+        return self.meter.components
+
+    def stop(self) -> None:
+        """Book the time up to now, and let go of the devices. Waits for no device that hangs."""
+        self.booking.stop()
+        self.cards.stop()
+        self.meter.stop()
+        self.selection.close()
 
 
 class NodeAgent:
@@ -139,19 +169,13 @@ class NodeAgent:
             [self._folder, self._spill], settings.node_ip, bytes.fromhex(settings.run_key)
         )
         self._store = CheckpointStore(settings.storage_path)
-        self._selection = detect_sources(settings.power, SYSTEM_CLOCK)
-        self._meter = Meter(
-            self._selection.sources,
-            SYSTEM_CLOCK,
-            settings.power.sampling_interval,
-            self._book,
-            node=settings.node_id,
+        self._metered = Metered()
+        self._card_memory = DeviceCall(self._free_card_bytes, "the cards' free memory", _ASK_DEVICE_S)
+        self._tenants = Tenants(
+            Path(settings.shared_memory_dir), settings.run_id, lambda: self._metered.own_pids
         )
-        self._booked: set[str] | None = None  # not said yet: rows wait
-        self._waiting_rows: list[dict[str, Any]] = []
-        self._booking = threading.Lock()
-        self._shares: dict[str, float] = {}
-        self._primary: set[str] = set()
+        self._sensors: _Sensors | None = None
+        self._specs: dict[str, EngineSpec] = {}
         self._lease_until_s = monotonic_s() + settings.lease_s
         self._lease_reported = False
         self._stopped = threading.Event()
@@ -170,8 +194,8 @@ class NodeAgent:
         for folder in (self._folder, self._spill):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self._folder / "pid").write_text(str(os.getpid()))
-        self._meter.start()
-        self.set_phase("restart")
+        write_tenant(self._folder, self._settings.run_id, self._settings.node_id)
+        sensors = self._sensors = self._start_sensors()
         self._pool.start()
         self._server.start()
         data_path = self._prepare_data(progress)
@@ -182,14 +206,65 @@ class NodeAgent:
             ip=self._settings.node_ip,
             hostname=os.uname().nodename,
             num_cores=self._num_cores,
-            num_gpus=sum(component.is_gpu for component in self._meter.components),
+            num_gpus=sum(component.is_gpu for component in sensors.components),
             state_address=self._server.address,
             slot_paths=tuple(str(self._folder / f"slot-{n}") for n in range(self._settings.num_slots)),
-            anchor=anchor(),
-            sources=self._selection.as_dicts(),
-            identities={component.name: component.identity for component in self._meter.components},
+            identities={component.name: component.identity for component in sensors.components},
+            pretended=frozenset(
+                component.name
+                for component in sensors.components
+                if component.is_gpu and component.source == "simulated"
+            ),
+            honest_window_s=max((c.honest_window_s for c in sensors.components), default=0.0),
+            notes=tuple(("EADT-350", sentence) for sentence in sensors.selection.not_chosen),
             data_path=data_path,
         )
+
+    def _start_sensors(self) -> _Sensors:
+        """Find this node's sensors and begin to measure and to book. Touches devices."""
+        settings = self._settings
+        selection = detect_sources(settings.power, SYSTEM_CLOCK)
+        hostname = os.uname().nodename
+        meter = Meter(
+            selection.sources,
+            SYSTEM_CLOCK,
+            settings.power.sampling_interval,
+            on_note=lambda code, text: self._on_row(NoteRow(code=code, text=f"{hostname}: {text}")),
+        )
+        meter.start()
+        self._tenants.start()
+        cards = CardStates(partial(self._look_at_card, selection))
+        booking = NodeBooking(
+            NodeFacts(
+                node=settings.node_id,
+                hostname=hostname,
+                boot_id=machine_id(),
+                num_gpus=sum(component.is_gpu for component in selection.components),
+                num_cores=self._num_cores,
+                not_metered=tuple(selection.not_chosen),
+            ),
+            meter,
+            self._on_row,
+            interval_s=settings.power.booking_interval,
+            on_cpu=settings.device == "cpu",
+            shares=self._tenants,
+            cards=cards,
+            pid_of=self._pool.pid,
+        )
+        booking.start()
+        cards.start()
+        return _Sensors(selection, meter, booking, cards)
+
+    def _look_at_card(self, selection: SourceSelection, component: str) -> CardLook:
+        """How a card does; may block in its driver."""
+        nvml = next((source for source in selection.sources if isinstance(source, NvmlSource)), None)
+        gpu = nvml.gpus.get(component) if nvml is not None else None
+        return CardLook() if gpu is None else look_at(gpu, partial(self._foreign_processes, component))
+
+    def _foreign_processes(self, component: str, processes: Sequence[ComputeProcess]) -> int:
+        """How many of a card's processes are not this run's."""
+        own = sum(component in self._cards_of([spec]) for spec in self._specs.values())
+        return self._tenants.foreign_on_card(processes, own)
 
     def stop(self) -> None:
         """End engines, measuring and serving; remove this run's memory. Idempotent."""
@@ -197,9 +272,10 @@ class NodeAgent:
             return
         self._stopped.set()
         self._pool.stop()
-        self._meter.stop()
+        if self._sensors is not None:
+            self._sensors.stop()
         self._server.stop()
-        self._selection.close()
+        remove_tenant(self._folder)
         for folder in (self._folder, self._spill):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -228,9 +304,8 @@ class NodeAgent:
     def fork(self, specs: Sequence[EngineSpec]) -> None:
         """Start engines."""
         for spec in specs:
-            self._shares[spec.engine_id] = spec.share.percentage / 100
-            if spec.primary_on_node:
-                self._primary.add(spec.engine_id)
+            self._specs[spec.engine_id] = spec
+            self._booking.engine_forked(spec.engine_id)
             self._pool.fork(spec)
 
     def send(self, engine_ids: Sequence[str], *command: Any) -> None:
@@ -249,22 +324,53 @@ class NodeAgent:
         return {engine_id: pid for engine_id, pid in pids.items() if pid is not None}
 
     def _engine_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
-        if kind in ("loaded", "exit"):
-            self._set_simulated_load(engine_id, running=kind == "loaded")
-        if kind == "exit" and engine_id in self._primary:
-            self._primary.discard(engine_id)
-            if values["status"] != 0:
-                self.set_phase("restart")
+        spec = self._specs.get(engine_id)
+        if spec is not None:
+            self._book_event(spec, kind, values)
+        if kind in ("use", "step") and not values["primary"]:
+            return  # rank 0's node speaks for the job
         self._on_event(engine_id, kind, values)
 
-    def _set_simulated_load(self, engine_id: str, *, running: bool) -> None:
+    def _book_event(self, spec: EngineSpec, kind: str, values: dict[str, Any]) -> None:
+        """What this node's energy is for, by what its engines say."""
+        if kind == "use":
+            self._booking.become(values["use"], at_s=values["t"], step=values["step"])
+        elif kind == "step":
+            self._booking.step_done(values["step"], values["input_s"])
+        elif kind == "loaded":
+            doing = None
+            if spec.primary_on_node:
+                same = [other for other in self._specs.values() if other.generation == spec.generation]
+                doing = Doing("useful", values["step"], spec.generation, spec.setting, self._cards_of(same))
+            self._booking.engine_loaded(spec.engine_id, doing, values["t"])
+            self._set_simulated_load()
+        elif kind == "exit":
+            del self._specs[spec.engine_id]
+            self._booking.engine_ended(spec.engine_id)
+            if spec.primary_on_node and values["status"] != 0:
+                self._booking.become("change")
+            self._set_simulated_load()
+
+    def _cards_of(self, specs: Sequence[EngineSpec]) -> frozenset[str]:
+        """The components on which engines run."""
+        if self._sensors is None:
+            return frozenset()
+        given = {
+            gpu_id
+            for spec in specs
+            for gpu_id in spec.env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            if gpu_id
+        }
+        identities = {component.name: component.identity for component in self._sensors.components}
+        return frozenset(component_of(gpu_id, identities) or unknown_name(gpu_id) for gpu_id in given)
+
+    def _set_simulated_load(self) -> None:
         """A simulated GPU has no load of its own: it takes the sum of its engines' shares."""
-        if not running:
-            self._shares.pop(engine_id, None)
-        load = min(1.0, sum(self._shares.get(engine, 0.0) for engine in self._pool.live()))
-        for source in self._selection.sources:
-            if isinstance(source, SimulatedGpuSource):
-                source.set_utilisation(load)
+        simulated = self._sensors.selection.simulated if self._sensors is not None else None
+        if simulated is not None:
+            live = set(self._pool.live()) & set(self._specs)
+            load = sum(self._specs[engine].share.percentage / 100 for engine in live)
+            simulated.set_utilisation(min(1.0, load))
 
     # -- leases -----------------------------------------------------------------------------------
 
@@ -282,52 +388,44 @@ class NodeAgent:
 
     # -- energy -----------------------------------------------------------------------------------
 
-    def set_phase(self, phase: str) -> None:
-        """Book this node's energy under ``phase`` from now on."""
-        self._on_row({"type": "phase", "node": self._settings.node_id, "phase": phase, "t": monotonic_s()})
+    @property
+    def _booking(self) -> NodeBooking:
+        assert self._sensors is not None, "the agent was started"
+        return self._sensors.booking
 
-    def set_booked(self, components: Sequence[str]) -> None:
-        """Which components this node books; another Ray node on the same machine has the others."""
-        with self._booking:
-            self._booked = set(components)
-            rows, self._waiting_rows = self._waiting_rows, []
-        self._book(rows)
+    def set_use(self, use: str) -> None:
+        """Book this node's energy under ``use`` from now on."""
+        self._booking.become(use)
+
+    def set_metered(self, metered: Metered) -> None:
+        """Which components this node books; another Ray node on the same machine may have the others."""
+        self._metered = metered
+        self._booking.set_metered(metered)
 
     def reading(self, window_s: float) -> NodeReading:
         """What the meter says of the last ``window_s`` s."""
-        booked = self._booked
-        if booked is not None and not booked:
-            return NodeReading(0.0, Quality.MEASURED, 0.0)  # another Ray node measures this machine
-        power = self._meter.mean_power_w(window_s)
-        power_w, quality = power if power is not None else (None, Quality.MEASURED)
-        totals = self._meter.totals()
-        booked_j = [total.energy_j for name, total in totals.items() if booked is None or name in booked]
-        return NodeReading(power_w, quality, sum_if_known(booked_j))
-
-    def _book(self, rows: list[dict[str, Any]]) -> None:
-        with self._booking:
-            if self._booked is None:
-                self._waiting_rows.extend(rows)
-                return
-            booked = self._booked
-        for row in rows:
-            if row["type"] != "energy" or row["component"] in booked:
-                self._on_row(row)
+        return self._booking.reading(window_s)
 
     # -- state --------------------------------------------------------------------------------------
 
     def available_bytes(self) -> int:
-        """Memory that new engines could take here."""
-        if self._settings.device == "cuda":
-            from eadt.adapters.nvml import Nvml
+        """Memory that new engines could take here (of this run's cards, the fullest). Blocks for 5 s at most.
 
-            nvml = Nvml()
-            nvml.open()
-            try:
-                return min(gpu.memory().total_bytes - gpu.memory().used_bytes for gpu in nvml.gpus())
-            finally:
-                nvml.close()
+        Raises:
+            EadtError: The cards cannot be asked, or do not answer.
+        """
+        if self._settings.device == "cuda":
+            return self._card_memory.ask()
         return int(psutil.virtual_memory().available)
+
+    def _free_card_bytes(self) -> int:
+        nvml = Nvml()
+        nvml.open()
+        try:
+            memories = [gpu.memory() for gpu in nvml.gpus() if f"gpu{gpu.index}" in self._metered.components]
+        finally:
+            nvml.close()
+        return min((memory.total_bytes - memory.used_bytes for memory in memories), default=0)
 
     def reserve(self, num_bytes: int) -> str:
         """See to it that the slots have room for ``num_bytes`` in all.

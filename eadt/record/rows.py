@@ -407,10 +407,12 @@ def kind_of(row: Row) -> str:
 
 
 def as_event(row: Row) -> dict[str, Any]:
-    """A row as the plain dictionary that ``on_event`` callbacks get: its fields, and ``type``."""
-    values: dict[str, Any] = msgspec.to_builtins(row)
-    del values["seq"], values["unix_s"]
-    return values
+    """A row as the plain dictionary that ``on_event`` callbacks get: ``type``, and every field of its own."""
+    return {"type": kind_of(row)} | {
+        name: msgspec.to_builtins(getattr(row, name))
+        for name in row.__struct_fields__
+        if name not in ("seq", "unix_s")
+    }
 
 
 def row_from(kind: str, values: Mapping[str, Any]) -> AnyRow:

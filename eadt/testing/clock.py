@@ -26,3 +26,7 @@ class FakeClock:
         """Move both clocks on by ``seconds``."""
         self._monotonic_s += seconds
         self._unix_s += seconds
+
+    def step_unix_s(self, seconds: float) -> None:
+        """Set the wall clock forward (or back), as an administrator or a time server does."""
+        self._unix_s += seconds

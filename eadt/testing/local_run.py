@@ -21,19 +21,22 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from eadt.clock import monotonic_s
 from eadt.cluster import Devices
 from eadt.config import RunConfig
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.coordinator import Coordinator
+from eadt.coordination.metering import Metered
 from eadt.coordination.nodes import NodeInfo
 from eadt.coordination.placement import Host
-from eadt.coordination.recorder import Recorder
+from eadt.coordination.recorder import Recorder, begin_ledger
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
 from eadt.node.agent import AgentSettings, NodeAgent, agent_settings
-from eadt.record.ledger import LedgerContents, LedgerWriter, read_ledger
+from eadt.record.ledger import LedgerContents, read_ledger
+from eadt.record.rows import AnyRow, ChangeRow, GenerationRow, Row, StepsRow
 from eadt.testing.engine_side import Gates
 from eadt.testing.faults import FaultPlan
 from eadt.trainer import run_settings
@@ -44,6 +47,8 @@ from eadt.training.state import Span, StateLayout
 
 Action = Setpoint | Callable[["LocalRun"], Awaitable[None] | None]
 """What a schedule asks for at a step: another setpoint, or anything else, to be done meanwhile."""
+
+SomeRow = TypeVar("SomeRow", bound=Row)
 
 _LOOK_S = 0.01
 _BEAT_S = 1.0
@@ -155,15 +160,15 @@ class LocalNodeClient:
         if not self.gone:
             self._agent.kill(engine_ids)
 
-    def set_phase(self, phase: str) -> None:
+    def set_use(self, use: str) -> None:
         """See ``NodeClient``."""
         if not self.gone:
-            self._agent.set_phase(phase)
+            self._agent.set_use(use)
 
-    def set_booked(self, components: Sequence[str]) -> None:
+    def set_metered(self, metered: Metered) -> None:
         """See ``NodeClient``."""
         if not self.gone:
-            self._agent.set_booked(components)
+            self._agent.set_metered(metered)
 
     async def ping(self, timeout_s: float) -> None:
         """See ``NodeClient``."""
@@ -227,24 +232,47 @@ class LocalResult:
     final_model_path: str | None
     changes: list[dict[str, Any]] = field(default_factory=list)
 
-    def rows(self, kind: str) -> list[dict[str, Any]]:
+    def rows(self, kind: type[SomeRow]) -> list[SomeRow]:
         """This attempt's ledger rows of one type."""
-        return [row for row in self.ledger.rows[self.first_row :] if row["type"] == kind]
+        return [row for row in self.ledger.rows[self.first_row :] if isinstance(row, kind)]
 
     @property
-    def losses(self) -> dict[int, float]:
+    def losses(self) -> dict[int, float | None]:
         """Loss by optimizer step, as the last generation that did it saw it."""
-        return {row["step"]: row["loss"] for row in self.rows("step") if row["primary"]}
+        return {
+            step: loss
+            for row in self.rows(StepsRow)
+            for step, loss in enumerate(row.loss, start=row.first_step)
+        }
 
     @property
-    def world_sizes(self) -> dict[int, int]:
+    def steps(self) -> list[int]:
+        """Numbers of the steps in the order in which they were done; one that was lost comes again."""
+        return [step for row in self.rows(StepsRow) for step in range(row.first_step, row.last_step + 1)]
+
+    @property
+    def world_sizes(self) -> dict[int, int | None]:
         """Number of ranks by optimizer step."""
-        return {row["step"]: row["world_size"] for row in self.rows("step") if row["primary"]}
+        return {
+            step: row.world_size
+            for row in self.rows(StepsRow)
+            for step in range(row.first_step, row.last_step + 1)
+        }
 
     @property
-    def generations(self) -> list[dict[str, Any]]:
+    def generations(self) -> list[GenerationRow]:
         """Rows of the generations that came to train."""
-        return [row for row in self.rows("generation") if row["event"] == "started"]
+        return [row for row in self.rows(GenerationRow) if row.event == "started"]
+
+    @property
+    def resizes(self) -> list[ChangeRow]:
+        """Changes of the setting."""
+        return [row for row in self.rows(ChangeRow) if not row.recovery]
+
+    @property
+    def recoveries(self) -> list[ChangeRow]:
+        """Recoveries to the same setting."""
+        return [row for row in self.rows(ChangeRow) if row.recovery]
 
     @property
     def checkpoints(self) -> list[int]:
@@ -303,7 +331,9 @@ class LocalRun:
         folder = self._config.run_folder
         num_rows_before = len(read_ledger(folder / "ledger").rows)
         self._settings = await asyncio.to_thread(self._make_settings)
-        recorder = Recorder(LedgerWriter(folder / "ledger"))
+        recorder = Recorder()
+        ledger, books = begin_ledger(folder / "ledger")
+        recorder.begin(ledger, books)
         self._recorder = recorder
         self.coordinator = Coordinator(self._settings, recorder)
         try:
@@ -320,6 +350,7 @@ class LocalRun:
             await asyncio.sleep(0)  # the meters' last rows are on their way into this loop
             self._booking = False
             recorder.close()
+            ledger.close()
         served = serving.done()
         serving.cancel()
         for task in others:
@@ -386,7 +417,7 @@ class LocalRun:
             agent = NodeAgent(
                 self._agent_settings(node_id, f"127.0.0.{number + 1}"),
                 partial(self._from_agent, self._engine_event, node_id),
-                partial(self._from_agent, self._book),
+                partial(self._from_agent, self._book, node_id),
                 make_pool=self._engines.pool_for_node,
             )
             self._agents[node_id] = agent
@@ -425,12 +456,14 @@ class LocalRun:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _engine_event(self, node_id: str, engine_id: str, kind: str, values: dict[str, Any]) -> None:
+        self.coordinator.heard(node_id, monotonic_s())
         if self._open and not self._clients[node_id].gone:
             self.coordinator.engine_event(node_id, engine_id, kind, values)
 
-    def _book(self, row: dict[str, Any]) -> None:
+    def _book(self, node_id: str, row: AnyRow) -> None:
+        self.coordinator.heard(node_id, monotonic_s())
         if self._booking:
-            self._recorder.book(row)
+            self.coordinator.book(row)
 
     async def _serve_gates(self) -> None:
         for step, action in self._schedule:

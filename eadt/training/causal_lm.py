@@ -24,7 +24,8 @@ def train(session: TrainingSession) -> None:
         validate(session, data)
     for _ in session.steps():
         for rows in session.micro_batches(len(data.train)):
-            tokens_BT = torch.from_numpy(data.train.batch(rows)).to(session.device)
+            with session.loading():
+                tokens_BT = torch.from_numpy(data.train.batch(rows)).to(session.device)
             loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss
             engine.backward(loss)
             engine.step()
@@ -36,10 +37,15 @@ def train(session: TrainingSession) -> None:
 @torch.no_grad()
 def validate(session: TrainingSession, data: TokenDataset) -> None:
     """Record the mean validation loss, over the same sequences whatever the number of ranks."""
-    training, batch = session.training, session.spec.batch
-    wanted = min(len(data.validation), training.eval_batches * batch.train_batch_size)
+    wanted = min(len(data.validation), session.training.eval_batches * session.spec.batch.train_batch_size)
     if not wanted:
         return
+    with session.validating():
+        session.record_validation(_mean_loss(session, data, wanted))
+
+
+def _mean_loss(session: TrainingSession, data: TokenDataset, wanted: int) -> float:
+    batch = session.spec.batch
     session.engine.eval()
     loss_sum, num_sequences = 0.0, 0
     # Every rank does as many passes as the others: in ZeRO 3 each is a collective.
@@ -56,4 +62,4 @@ def validate(session: TrainingSession, data: TokenDataset) -> None:
         num_sequences += counted
     session.engine.train()
     total, count = session.sum_over_ranks(loss_sum, num_sequences)
-    session.record_validation(total / count)
+    return total / count

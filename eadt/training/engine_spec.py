@@ -63,6 +63,7 @@ class EngineSpec:
     Attributes:
         engine_id: Unique in the run.
         generation: Number of the generation.
+        setting: Number of the setting that it trains at.
         rank: Rank in it; the batch plan gives the world size.
         node_id: The Ray node that it runs on.
         node_ip: Address at which rank 0's store is reached.
@@ -91,6 +92,7 @@ class EngineSpec:
     slot_paths: tuple[str, ...] = ()
     resume: bool = False
     primary_on_node: bool = True
+    setting: int = 0
 
     @property
     def world_size(self) -> int:

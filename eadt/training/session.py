@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -86,6 +87,7 @@ class TrainingSession:
         self._unreported: _EndedStep | None = None
         self._begun_s = 0.0
         self._computed_s: float | None = None
+        self._input_s = 0.0
         self._user_meta: dict[str, Any] = {}
         self._timings: dict[str, float] = {}
 
@@ -175,6 +177,24 @@ class TrainingSession:
                 SYSTEM_CLOCK.sleep((monotonic_s() - begun_s) * (1.0 / duty - 1.0))
         self._synchronize()
         self._computed_s = monotonic_s()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the reading of a micro-batch: its time is reported as waiting for input."""
+        begun_s = monotonic_s()
+        try:
+            yield
+        finally:
+            self._input_s += monotonic_s() - begun_s
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Around a validation: its time and energy are reported as such, not as useful work."""
+        self._say_use("validation")
+        try:
+            yield
+        finally:
+            self._say_use("useful")
 
     def record_loss(self, loss: torch.Tensor) -> None:
         """Tell the loss of one micro-batch; the mean over the global batch is reported."""
@@ -269,7 +289,7 @@ class TrainingSession:
         )
 
     def _begin_step(self) -> _Exchange:
-        self._begun_s, self._computed_s = monotonic_s(), None
+        self._begun_s, self._computed_s, self._input_s = monotonic_s(), None, 0.0
         self._losses.clear()
         self._read_commands()
         action, slot = Action.GO_ON, -1
@@ -319,6 +339,7 @@ class TrainingSession:
             learning_rate=float(self.engine.optimizer.param_groups[0]["lr"]),
             loss_sum=float(sum(float(loss) for loss in self._losses)),
             num_losses=len(self._losses),
+            input_s=self._input_s,
         )
         self._computed_s = None
         return ended
@@ -338,6 +359,7 @@ class TrainingSession:
             samples=num_samples,
             tokens=num_samples * self.training.sequence_length,
             world_size=self.world_size,
+            input_s=ended.input_s,
         )
 
     def _report_now(self) -> None:
@@ -350,9 +372,7 @@ class TrainingSession:
     def _save(self, slot_number: int, *, stop: bool, final: bool = False) -> None:
         assert self._state is not None
         started_s = monotonic_s()
-        if self.spec.primary_on_node:
-            phase = "restart" if stop and not final else "checkpoint"
-            self._channel.send("phase", phase=phase, t=started_s)
+        self._say_use("change" if stop and not final else "checkpoint")
         slot = self._slots.get(slot_number)
         if slot is None:
             path = self.spec.slot_paths[slot_number]
@@ -375,8 +395,14 @@ class TrainingSession:
             seconds=ended_s - started_s,
             t=ended_s,
         )
-        if self.spec.primary_on_node and not stop:
-            self._channel.send("phase", phase="train", t=ended_s)
+        if not stop:
+            self._say_use("useful")
+
+    def _say_use(self, use: str) -> None:
+        """Tell what this node's time and energy are for from now on."""
+        if self.spec.primary_on_node:
+            done = self.step + int(self._computed_s is not None)
+            self._channel.send("use", use=use, t=monotonic_s(), step=done, primary=self.rank == 0)
 
     def _meta(self) -> dict[str, Any]:
         assert self._state is not None
@@ -437,6 +463,7 @@ class _EndedStep:
     learning_rate: float
     loss_sum: float
     num_losses: int
+    input_s: float
 
 
 class _Exchange:

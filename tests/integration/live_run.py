@@ -6,17 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from eadt.actors import NAMESPACE, agent_prefix, coordinator_name
 from eadt.config import RunConfig, config_from_dict
 from eadt.record.ledger import read_ledger
+from eadt.record.rows import Row, StepsRow
 from eadt.supervisor_actor import supervisor_name
 from eadt.trainer import EnergyAdaptiveTrainer, TrainingResult
 
 DEADLINE_S = 150.0
+
+SomeRow = TypeVar("SomeRow", bound=Row)
 
 
 def tiny_config(folder: Path, **sections: Any) -> RunConfig:
@@ -105,7 +108,7 @@ class LiveRun:
     @property
     def step(self) -> int:
         """Steps done, as the display was told."""
-        steps = [event["step"] for event in self.events if event["type"] == "progress"]
+        steps = [event["status"].step or 0 for event in self.events if event["type"] == "progress"]
         return max(steps, default=0)
 
     def of_type(self, type_: str, /, **values: Any) -> list[dict[str, Any]]:
@@ -118,7 +121,7 @@ class LiveRun:
 
     @property
     def run_id(self) -> str:
-        return self.until("the run's id", lambda: self.of_type("run"))[0]["run_id"]
+        return self.until("the run's id", lambda: self.of_type("session"))[0]["run_id"]
 
     @property
     def coordinator(self) -> Any:
@@ -139,13 +142,16 @@ class LiveRun:
             pids |= set(ray.get(agent.engine_pids.remote()).values())
         return pids
 
-    def rows(self, kind: str) -> list[dict[str, Any]]:
+    def rows(self, kind: type[SomeRow]) -> list[SomeRow]:
         """Ledger rows of one type."""
-        return read_ledger(self.config.run_folder / "ledger").of_type(kind)
+        rows = read_ledger(self.config.run_folder / "ledger").rows
+        return [row for row in rows if isinstance(row, kind)]
 
-    def losses(self) -> dict[int, float]:
+    def losses(self) -> dict[int, float | None]:
         """Loss by step; of a step that was done twice, the later."""
-        return {row["step"]: row["loss"] for row in self.rows("step") if row["primary"]}
+        return {
+            step: loss for row in self.rows(StepsRow) for step, loss in enumerate(row.loss, row.first_step)
+        }
 
 
 def assert_equal_losses(found: dict[int, float], wanted: dict[int, float], *, at_least: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from eadt.record.rows import CheckpointRow, EndRow, RollbackRow, SessionRow, StepsRow
 from eadt.testing.local_run import LocalResult, LocalRun
 from eadt.training.data import default_cache_dir, prepare_dataset
 from tests.integration.trial import MAX_STEPS, Trial, assert_each_sample_once, assert_same_losses, setpoint
@@ -33,11 +34,11 @@ WALKED = [2] * 4 + [1] * 3 + [2] * 3 + [3] * 3 + [2] * 5
 
 def assert_walked(result: LocalResult, kind: str = "in_place") -> None:
     assert list(result.world_sizes.values()) == WALKED
-    resizes = result.rows("resize")
-    assert [(row["from_workers"], row["to_workers"]) for row in resizes] == [(2, 1), (1, 2), (2, 3), (3, 2)]
-    assert {row["kind"] for row in resizes} == {kind}
-    assert all(row["lost_steps"] == 0 for row in resizes)
-    assert result.rows("rollback") == []
+    resizes = result.resizes
+    assert [(row.from_workers, row.to_workers) for row in resizes] == [(2, 1), (1, 2), (2, 3), (3, 2)]
+    assert {row.kind for row in resizes} == {kind}
+    assert all(row.lost_steps == 0 for row in resizes)
+    assert result.rows(RollbackRow) == []
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -71,7 +72,7 @@ def test_resized_with_the_worker_group(
     assert_same_losses(resized, expected, FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE)
     assert_walked(resized, mode)
     assert_each_sample_once(resized, expected)
-    through_storage = [row["kind"] for row in resized.rows("checkpoint")].count("just_in_time")
+    through_storage = [row.kind for row in resized.rows(CheckpointRow)].count("just_in_time")
     assert through_storage == (len(WALK) if mode == "restart" else 0)
 
 
@@ -97,7 +98,7 @@ def test_optimizer_and_schedule_of_deepspeed(trial: Trial) -> None:
     )
     assert_same_losses(resized, expected)
     rates = [
-        [row["learning_rate"] for row in result.rows("step") if row["primary"]]
+        [rate for row in result.rows(StepsRow) for rate in row.learning_rate]
         for result in (expected, resized)
     ]
     assert rates[0] == rates[1]
@@ -121,9 +122,9 @@ def test_share_alone(trial: Trial) -> None:
     expected = trial.expected()
     changed = trial.run(trial.config("changed"), [(5, setpoint(2, share=40))])
     assert_same_losses(changed, expected)
-    (row,) = changed.rows("resize")
-    assert (row["from_workers"], row["to_workers"]) == (2, 2)
-    shares = [[share["percentage"] for share in generation["shares"]] for generation in changed.generations]
+    (row,) = changed.resizes
+    assert (row.from_workers, row.to_workers) == (2, 2)
+    shares = [[share["percentage"] for share in generation.shares] for generation in changed.generations]
     assert shares == [[50, 50], [40, 40]]
 
 
@@ -152,8 +153,8 @@ def test_two_nodes(trial: Trial, stage: int) -> None:
     assert list(resized.world_sizes.values()) == [2] * 4 + [4] * 6 + [1] * 3 + [2] * 5
     by_node = [{spec.node_id for spec in resized.specs if spec.generation == g} for g in (1, 2, 3, 4)]
     assert by_node == [{"node0", "node1"}, {"node0", "node1"}, {"node0"}, {"node0", "node1"}]
-    whole = 3 * 4 * resized.rows("run")[-1]["num_params"]
-    remote = [row["remote_bytes"] for row in resized.generations]
+    whole = 3 * 4 * resized.rows(EndRow)[-1].num_params
+    remote = [row.remote_bytes for row in resized.generations]
     # From two ranks to four ZeRO 3 moves nothing: the first two hold what the first one held. Its weights
     # are whole on no rank, so that one rank alone then fetches just the half that the other node held.
     assert [number > 0 for number in remote] == [False, stage != 3, True, True]
@@ -176,7 +177,7 @@ def test_resumed_with_another_number_of_workers(trial: Trial, tmp_path: Path) ->
         resumed = trial.run(config)
         assert_same_losses(resumed, expected, after=7)
         assert set(resumed.world_sizes.values()) == {num_workers}
-        assert resumed.rows("run")[0]["event"] == "resumed"
+        assert resumed.rows(SessionRow)[0].resumed_step > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -193,7 +194,7 @@ def test_each_sample_once_an_epoch_through_random_resizes(
         schedule.append((step, setpoint(count)))
     result = trial.run(config, schedule)
     assert result.status == "completed", result.error
-    assert len(result.rows("resize")) == len(schedule)
+    assert len(result.resizes) == len(schedule)
     size = prepare_dataset(config.training, default_cache_dir(), 0).num_train_sequences
     stream = [row for step in range(1, MAX_STEPS + 1) for row in sorted(result.samples[step])]
     assert len(stream) == 12 * MAX_STEPS > 2 * size

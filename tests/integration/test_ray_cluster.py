@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from eadt.clock import unix_s
 from eadt.control.setpoint import Setpoint
+from eadt.record.rows import ChangeRow, CheckpointRow, GenerationRow, RollbackRow
 from tests.integration.live_run import LiveRun, assert_equal_losses, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -80,8 +81,8 @@ def test_a_killed_host_is_replaced_alone_and_training_does_not_notice(
         run.until_step(run.step + 20)
         assert {host["world_rank"]: host["pid"] for host in run.snapshot()["hosts"]}[0] == hosts[0]
         assert run.engine_pids() == engines
-    assert not run.rows("rollback")
-    assert len([row for row in run.rows("generation") if row["event"] == "started"]) == 1
+    assert not run.rows(RollbackRow)
+    assert len([row for row in run.rows(GenerationRow) if row.event == "started"]) == 1
     assert_equal_losses(run.losses(), undisturbed, at_least=40)
 
 
@@ -90,14 +91,14 @@ def test_a_killed_supervisor_comes_back_with_its_state_and_training_goes_on(
 ) -> None:
     with LiveRun(tiny_config(tmp_path / "supervisorkill")) as run:
         run.until("a decision", lambda: run.of_type("decision"))
-        before = ray.get(run.supervisor.status.remote())
+        before = ray.get(run.coordinator.status.remote())
         step = run.step
         ray.kill(run.supervisor, no_restart=False)
         run.until("the note of its return", lambda: run.of_type("note", code="EADT-372"))
         run.until_step(step + 20)
-        status = run.until("its decisions", lambda: ray.get(run.supervisor.status.remote()).get("decisions"))
+        status = run.until("its decisions", lambda: ray.get(run.coordinator.status.remote()).get("decisions"))
         assert before["decisions"][0]["decision_id"] in {row["decision_id"] for row in status}
-    assert not run.rows("rollback")
+    assert not run.rows(RollbackRow)
 
 
 def test_a_drained_node_hands_its_state_over_and_no_step_is_lost(
@@ -108,16 +109,16 @@ def test_a_drained_node_hands_its_state_over_and_no_step_is_lost(
         leaving = max(two_nodes.worker_nodes, key=lambda node: node.node_id)
         drain(two_nodes, leaving.node_id)
         run.until("the drain to be heard of", lambda: run.of_type("fault", kind="drain"))
-        run.until("one worker", lambda: run.of_type("resize", from_workers=2, to_workers=1))
+        run.until("one worker", lambda: run.of_type("change", from_workers=2, to_workers=1))
         assert run.snapshot()["node_ids"] != [leaving.node_id]
         step = run.step
         two_nodes.remove_node(leaving, allow_graceful=False)
         run.until("the loss to be seen", lambda: run.of_type("fault", kind="node_lost"))
         run.until_step(step + 20)
-    started = [row for row in run.rows("generation") if row["event"] == "started"]
-    assert started[1]["remote_bytes"] > 0, "the leaving node's part came over the network"
-    assert not run.rows("rollback")
-    assert run.of_type("resize", from_workers=2)[0]["lost_steps"] == 0
+    started = [row for row in run.rows(GenerationRow) if row.event == "started"]
+    assert started[1].remote_bytes > 0, "the leaving node's part came over the network"
+    assert not run.rows(RollbackRow)
+    assert run.of_type("change", from_workers=2)[0]["lost_steps"] == 0
     assert_equal_losses(run.losses(), undisturbed, at_least=40)
 
 
@@ -137,10 +138,10 @@ def test_a_lost_node_costs_no_more_than_back_to_the_checkpoint_and_a_new_one_is_
         run.until("two workers again", lambda: run.snapshot()["is_training"]
                   and run.snapshot()["setpoint"].num_workers == 2)  # fmt: skip
         run.until_step(run.step + 10)
-    rollbacks = run.rows("rollback")
+    rollbacks = run.rows(RollbackRow)
     assert len(rollbacks) >= 1
-    checkpoints = {row["step"] for row in run.rows("checkpoint")} | {0}
-    assert rollbacks[0]["resumed_step"] in checkpoints
+    checkpoints = {row.step for row in run.rows(CheckpointRow)} | {0}
+    assert rollbacks[0].resumed_step in checkpoints
     assert_equal_losses(run.losses(), undisturbed, at_least=60)
 
 
@@ -154,14 +155,14 @@ def test_resizing_the_worker_group_keeps_the_losses(
             setpoint = Setpoint(workers, 1, 100)
             answer = ray.get(run.coordinator.apply.remote(setpoint, f"the test at step {step}", f"t{step}"))
             assert answer["accepted"]
-            run.until(f"{workers} workers", lambda: run.of_type("resize", to_workers=workers))  # noqa: B023
+            run.until(f"{workers} workers", lambda: run.of_type("change", to_workers=workers))  # noqa: B023
         run.until_step(run.step + 10)
-    resizes = run.rows("resize")
-    assert [(row["from_workers"], row["to_workers"], row["kind"]) for row in resizes] == [
+    resizes = run.rows(ChangeRow)
+    assert [(row.from_workers, row.to_workers, row.kind) for row in resizes] == [
         (2, 1, mode),
         (1, 2, mode),
     ]
-    assert all(row["lost_steps"] == 0 for row in resizes)
+    assert all(row.lost_steps == 0 for row in resizes)
     assert_equal_losses(run.losses(), undisturbed, at_least=50)
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from eadt import node_agent
 from eadt.errors import EnvironmentFailure
+from eadt.node import agent as node_agent
+from eadt.record.rows import CheckpointRow, EndRow, FaultRow, NoteRow, RollbackRow
 from eadt.report import build_report
 from eadt.testing.faults import Fault, FaultKind, FaultPlan, Moment
 from eadt.testing.local_run import LocalResult, LocalRun
@@ -33,7 +35,7 @@ def assert_fired(result: LocalResult, fault: Fault, times: int = 1) -> None:
     assert len(FaultPlan(result.attempt_folder).fired(fault)) == times
 
 
-def only(rows: list) -> dict:
+def only(rows: list[Any]) -> Any:
     (row,) = rows
     return row
 
@@ -47,11 +49,11 @@ def test_engine_killed(trial: Trial, stage: int, rank: int) -> None:
     )
     assert_fired(result, faults[0])
     assert_same_losses(result, trial.expected(stage=stage))
-    assert only(result.rows("rollback"))["resumed_step"] == 8
-    fault = only(result.rows("fault"))
-    assert (fault["kind"], "signal 9" in fault["detail"]) == ("killed", True)
-    recovery = only(result.rows("recovery"))
-    assert recovery["lost_steps"] <= EVERY
+    assert only(result.rows(RollbackRow)).resumed_step == 8
+    fault = only(result.rows(FaultRow))
+    assert (fault.kind, "signal 9" in fault.detail) == ("killed", True)
+    recovery = only(result.recoveries)
+    assert recovery.lost_steps <= EVERY
     # What was done again is what came after the snapshot, with the same samples.
     done_twice = [step for step, rows in result.samples.items() if len(rows) > 12]
     assert set(done_twice) <= {9, 10, 11}
@@ -77,7 +79,7 @@ def test_engine_fails_over_and_over(trial: Trial) -> None:
     assert result.error.code == "EADT-337"
     assert "planned fault: error in rank 1" in result.error.what
     assert "Traceback" in str(result.error.fix)
-    assert result.rows("run")[-1]["status"] == "failed"
+    assert result.rows(EndRow)[-1].status == "failed"
     assert max(result.losses) < 5
 
 
@@ -94,7 +96,7 @@ def test_failures_with_progress_between_are_forgiven(trial: Trial) -> None:
     for fault in faults:
         assert_fired(result, fault)
     assert_same_losses(result, trial.expected())
-    assert [row["kind"] for row in result.rows("fault")] == ["out_of_memory"] * 3
+    assert [row.kind for row in result.rows(FaultRow)] == ["out_of_memory"] * 3
 
 
 def test_error_in_engines_built_ahead(trial: Trial) -> None:
@@ -109,10 +111,10 @@ def test_error_in_engines_built_ahead(trial: Trial) -> None:
     )
     assert_fired(result, faults[0])
     assert_same_losses(result, trial.expected())
-    assert result.rows("rollback") == []
-    assert "EADT-331" in [row["code"] for row in result.rows("note")]
-    assert [row["world_size"] for row in result.generations] == [2, 3]
-    assert only(result.rows("resize"))["lost_steps"] == 0
+    assert result.rows(RollbackRow) == []
+    assert "EADT-331" in [row.code for row in result.rows(NoteRow)]
+    assert [row.world_size for row in result.generations] == [2, 3]
+    assert only(result.resizes).lost_steps == 0
 
 
 @pytest.mark.parametrize(("moment", "times"), [(Moment.PREPARE, 2), (Moment.STEP, 1)])
@@ -130,9 +132,9 @@ def test_setting_that_cannot_work(trial: Trial, moment: Moment, times: int) -> N
     assert_fired(result, faults[0], times)
     assert_same_losses(result, trial.expected())
     assert set(result.world_sizes.values()) == {2}
-    assert [row["lost_steps"] for row in result.rows("recovery")] in ([], [0])
-    note = only([row for row in result.rows("note") if row["code"] == "EADT-338"])
-    assert "going back to 2 workers" in note["text"]
+    assert [row.lost_steps for row in result.recoveries] in ([], [0])
+    note = only([row for row in result.rows(NoteRow) if row.code == "EADT-338"])
+    assert "going back to 2 workers" in note.text
     assert [change["state"] for change in result.changes] == ["failed"]
 
 
@@ -146,7 +148,7 @@ def test_killed_while_saving_a_snapshot(trial: Trial, rank: int) -> None:
     )
     assert_fired(result, faults[0])
     assert_same_losses(result, trial.expected(stage=3))
-    assert only(result.rows("rollback"))["resumed_step"] == 4
+    assert only(result.rows(RollbackRow)).resumed_step == 4
 
 
 def test_killed_while_handing_over(trial: Trial) -> None:
@@ -159,8 +161,8 @@ def test_killed_while_handing_over(trial: Trial) -> None:
     )
     assert_fired(result, faults[0])
     assert_same_losses(result, trial.expected())
-    assert only(result.rows("rollback"))["resumed_step"] == 4
-    assert result.generations[-1]["world_size"] == 1
+    assert only(result.rows(RollbackRow)).resumed_step == 4
+    assert result.generations[-1].world_size == 1
 
 
 def test_newest_checkpoint_corrupt(trial: Trial, tmp_path: Path) -> None:
@@ -180,8 +182,8 @@ def test_newest_checkpoint_corrupt(trial: Trial, tmp_path: Path) -> None:
     shard.write_bytes(content)
     resumed = trial.run(trial.config("run", checkpoint=keep))
     assert_same_losses(resumed, expected, after=older)
-    note = only([row for row in resumed.rows("note") if row["code"] == "EADT-256"])
-    assert f"step {newest}" in note["text"]
+    note = only([row for row in resumed.rows(NoteRow) if row.code == "EADT-256"])
+    assert f"step {newest}" in note.text
 
 
 def _storage(run: LocalRun) -> str:
@@ -198,7 +200,7 @@ def test_interrupted_and_run_again(trial: Trial) -> None:
     first = trial.run(trial.config("run", stage=2), [(7, lambda run: run.interrupt())])
     assert first.status == "interrupted"
     assert first.checkpoints == [8]
-    assert first.rows("checkpoint")[-1]["kind"] == "just_in_time"
+    assert first.rows(CheckpointRow)[-1].kind == "just_in_time"
     second = trial.run(trial.config("run", stage=2))
     assert_same_losses(second, expected, after=8)
     assert {**first.losses, **second.losses}.keys() == expected.losses.keys()
@@ -240,9 +242,9 @@ def test_no_room_in_shared_memory(trial: Trial, tiny_memory: Path) -> None:
     assert_same_losses(result, trial.expected())
     assert on_disk
     assert all("spill-node0" in str(path) for path in on_disk)
-    note = only([row for row in result.rows("note") if row["code"] == "EADT-335"])
-    assert "no room" in note["text"]
-    assert len(result.rows("resize")) == 2
+    note = only([row for row in result.rows(NoteRow) if row.code == "EADT-335"])
+    assert "no room" in note.text
+    assert len(result.resizes) == 2
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -259,9 +261,9 @@ def test_node_lost(trial: Trial, stage: int) -> None:
         nodes=(2, 2),
     )
     assert_same_losses(result, trial.expected(stage=stage))
-    assert "node_lost" in [row["kind"] for row in result.rows("fault")]
-    resumed_step = only(result.rows("rollback"))["resumed_step"]
+    assert "node_lost" in [row.kind for row in result.rows(FaultRow)]
+    resumed_step = only(result.rows(RollbackRow)).resumed_step
     assert 4 <= resumed_step <= 10
     after = [spec for spec in result.specs if spec.generation > 1]
     assert {spec.node_id for spec in after} == {"node0"}
-    assert result.generations[-1]["world_size"] >= 1
+    assert result.generations[-1].world_size >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 
 from eadt.coordination.outbox import Item, Outbox
 
@@ -16,8 +17,13 @@ class Receiver:
 
     def __init__(self, pace_s: float = LONG_S) -> None:
         self.batches: queue.Queue[list[Item]] = queue.Queue()
-        self.outbox = Outbox(self.batches.put, pace_s)
+        self.numbers: list[int] = []
+        self.outbox = Outbox(self._take, pace_s)
         self.outbox.start()
+
+    def _take(self, number: int, items: list[Item]) -> None:
+        self.numbers.append(number)
+        self.batches.put(items)
 
     def next(self) -> list[Item]:
         return self.batches.get(timeout=SOON_S)
@@ -56,3 +62,61 @@ def test_flush_delivers_everything_and_then_returns() -> None:
     receiver.outbox.put(step(3))
     receiver.outbox.put(("engine", "exit", {}))
     assert receiver.next() == [step(3), ("engine", "exit", {})]
+    assert receiver.numbers == [1, 2, 3]
+
+
+def test_a_batch_that_was_not_taken_comes_again_under_its_number_and_nothing_is_lost() -> None:
+    taken: queue.Queue[tuple[int, list[Item]]] = queue.Queue()
+    failures = [RuntimeError("a defect in the receiver"), ConnectionError("it is away")]
+    tries: list[int] = []
+
+    def deliver(number: int, items: list[Item]) -> None:
+        tries.append(number)
+        if failures:
+            raise failures.pop()
+        taken.put((number, items))
+
+    outbox = Outbox(deliver, LONG_S, retry_s=0.01)
+    outbox.start()
+    outbox.put(("engine", "saved", {}))
+    assert taken.get(timeout=SOON_S) == (1, [("engine", "saved", {})])
+    outbox.put(("engine", "exit", {}))
+    assert taken.get(timeout=SOON_S) == (2, [("engine", "exit", {})])
+    assert tries == [1, 1, 1, 2]
+
+
+def test_rows_that_nobody_takes_are_bounded_the_oldest_go_and_events_stay() -> None:
+    release, taken = threading.Event(), queue.Queue()
+
+    def deliver(number: int, items: list[Item]) -> None:
+        release.wait(SOON_S)
+        taken.put(items)
+
+    outbox = Outbox(deliver, 0.0, most_rows=3)
+    outbox.start()
+    outbox.put(("engine", "saved", {}))
+    while outbox.flush(0.01):  # until the thread holds the first batch
+        pass
+    outbox.put(("engine", "loaded", {}))
+    for number in range(10):
+        outbox.put((number,))
+    assert outbox.num_dropped == 7
+    release.set()
+    taken.get(timeout=SOON_S)
+    assert taken.get(timeout=SOON_S) == [("engine", "loaded", {}), (7,), (8,), (9,)]
+
+
+def test_close_gives_up_what_cannot_be_delivered() -> None:
+    tried = threading.Event()
+
+    def deliver(number: int, items: list[Item]) -> None:
+        tried.set()
+        raise ConnectionError("the coordinator has gone")
+
+    outbox = Outbox(deliver, retry_s=LONG_S)
+    outbox.start()
+    outbox.put(("engine", "exit", {}))
+    assert tried.wait(SOON_S)
+    assert not outbox.flush(0.05)
+    outbox.close()
+    assert outbox.flush(SOON_S)

@@ -14,6 +14,7 @@ from eadt.control.observation import Observation
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.nodes import NodeReading
 from eadt.errors import EnvironmentFailure
+from eadt.record.rows import AnyRow, as_event
 from eadt.supervisor import EnergySupervisor, SupervisorSettings
 from eadt.testing.clock import FakeClock
 from eadt.units import Quality
@@ -39,7 +40,6 @@ class FakeRun:
     def __init__(self, clock: FakeClock, physics: Physics) -> None:
         self.clock, self.physics = clock, physics
         self.began_s = clock.monotonic_s()
-        self.began_unix_s = clock.unix_s()
         self.setpoint = self.desired = START
         self.generation = 1
         self.is_training = True
@@ -51,9 +51,7 @@ class FakeRun:
         self.hears_but_is_silent = False
         self.quality = dict.fromkeys(NODES, Quality.MEASURED)
         self.unreadable: set[str] = set()
-        self.unmetered: set[str] = set()
-        self.training_nodes = list(NODES)
-        self.energy_j = dict.fromkeys(NODES, 100.0)
+        self.booking_nodes = list(NODES)
         self.while_reading: Callable[[], None] = lambda: None
         self.applied: list[tuple[Setpoint, str | None]] = []
         self.windows: list[tuple[float, float]] = []
@@ -88,16 +86,15 @@ class FakeRun:
         self.answer("snapshot")
         return {
             "run_id": "demo-1a2b", "name": "demo", "status": self.status, "at_s": self.at_s,
-            "began_unix_s": self.began_unix_s, "step": int(self.at_s), "max_steps": 100_000, "loss": 2.5,
+            "step": int(self.at_s), "max_steps": 100_000, "loss": 2.5,
             "is_training": self.is_training, "generation": self.generation,
             "setpoint": self.setpoint if self.is_training else None, "desired": self.desired,
-            "num_devices": 3, "node_ids": self.training_nodes,
-            "hosts": [{"node_id": node} for node in NODES], "waiting_for": "",
+            "num_devices": 3, "booking_node_ids": self.booking_nodes, "waiting_for": "",
         }  # fmt: skip
 
-    async def throughput(self, window_s: float, since_unix_s: float) -> tuple[float | None, int]:
+    async def throughput(self, window_s: float, since_s: float) -> tuple[float | None, int]:
         self.answer("throughput")
-        self.windows.append((since_unix_s - self.began_unix_s, window_s))
+        self.windows.append((since_s, window_s))
         throughput = self.physics(self.setpoint)[0]
         return throughput, 0 if throughput is None else 12
 
@@ -105,8 +102,7 @@ class FakeRun:
         self.while_reading()
         readings: dict[str, NodeReading | None] = {}
         for node in node_ids:
-            power_w = 0.0 if node in self.unmetered else self.physics(self.setpoint)[1]
-            reading = NodeReading(power_w, self.quality[node], self.energy_j[node])
+            reading = NodeReading(self.physics(self.setpoint)[1], self.quality[node])
             readings[node] = None if node in self.unreadable else reading
         return readings
 
@@ -129,9 +125,9 @@ class FakeRun:
         self.answer("change_state")
         return self.states.get(decision_id, {"state": "unknown"})
 
-    async def book(self, row: dict[str, Any]) -> None:
+    async def book(self, row: AnyRow) -> None:
         self.answer("book")
-        self.rows.append(json.loads(json.dumps(row)))
+        self.rows.append(json.loads(json.dumps(as_event(row))))
 
     async def keep_state(self, state: dict[str, Any]) -> None:
         self.answer("keep_state")
@@ -180,6 +176,10 @@ class Job:
 
     def make_loop(self, state: dict[str, Any] | None) -> ControlLoop:
         return make_control_loop(self.config, START, 3, initial_pause_s=1.0, state=state)
+
+    @property
+    def phase(self) -> str:
+        return str(self.supervisor.to_state()["phase"])
 
     def tick(self) -> Observation | None:
         observation = asyncio.run(self.supervisor.tick())
@@ -246,20 +246,18 @@ def test_power_that_one_node_does_not_know_is_unknown_and_said_once() -> None:
     assert job.run.applied == []
     [said] = job.run.notes("EADT-370")
     assert "node-b" in said
-    assert job.supervisor.status()["energy_j"] is None
     job.run.unreadable = set()
     job.run_for(120)
     assert job.observations[-1].power_w == 840.0
     assert len(job.run.notes("EADT-370")) == 2
-    assert job.supervisor.status()["energy_j"] == 300.0
 
 
-def test_power_of_a_machine_that_a_parked_ray_node_meters_is_found() -> None:
+def test_power_is_asked_of_the_nodes_that_book_what_trains() -> None:
     job = Job(never_asks)
-    job.run.training_nodes, job.run.unmetered = ["node-b"], {"node-b", "node-c"}
+    job.run.booking_nodes = ["node-a"]  # it meters the machine on which others train
     job.run_for(61)
     assert job.observations[0].power_w == 220.0
-    job.run.unmetered = set(NODES)
+    job.run.booking_nodes = []
     job.run_for(60)
     assert job.observations[1].power_w is None  # nobody meters: unknown is not zero
 
@@ -303,19 +301,6 @@ def test_while_training_is_not_under_way_nothing_is_observed() -> None:
     assert [since_s for since_s, _ in job.run.windows] == pytest.approx([300], abs=2)
 
 
-def test_energy_stays_in_the_sum_when_an_agent_begins_anew() -> None:
-    job = Job(never_asks)
-    job.run_for(61)
-    job.run.energy_j["node-a"] = 30.0
-    job.run_for(60)
-    job.run.energy_j["node-a"] = 50.0
-    job.run_for(60)
-    assert job.supervisor.status()["energy_j"] == 100 + 50 + 100 + 100
-    job.start_supervisor()
-    job.run_for(61)
-    assert job.supervisor.status()["energy_j"] == 100 + 50 + 100 + 100
-
-
 # -- acting ---------------------------------------------------------------------------------------
 
 
@@ -344,9 +329,7 @@ def test_a_change_is_followed_verified_and_kept() -> None:
     setpoint, decision_id = job.run_until_asked()
     job.run_for(10)
     assert job.run.setpoint == setpoint
-    status = job.supervisor.status()
-    assert status["phase"] == "warming_up"
-    assert status["setpoint"] == setpoint.as_dict()
+    assert job.phase == "warming_up"
     job.run_until(lambda: job.run.decision(decision_id)["outcome"] != "pending")
     row = job.run.decision(decision_id)
     assert row["outcome"] == "kept"
@@ -394,9 +377,9 @@ def test_a_change_that_is_in_force_though_never_reported_is_taken_as_done_at_the
     setpoint, decision_id = job.run_until_asked()
     job.run.enter(setpoint)  # its steps are so slow that its pause is still being timed
     job.run_for(150)
-    assert job.supervisor.status()["phase"] == "changing"
+    assert job.phase == "changing"
     job.run_for(60)
-    assert job.supervisor.status()["phase"] != "changing"
+    assert job.phase != "changing"
     assert job.run.decision(decision_id)["outcome"] == "pending"  # being verified
     assert len(job.run.applied) == 1
 
@@ -408,9 +391,8 @@ def test_fewer_workers_than_were_wanted_are_taken_as_they_are_and_grow_again() -
     assert first == Setpoint(9, 3, 35)
     job.run_until(lambda: job.run.decision(decision_id)["outcome"] == "failed")
     assert "only 6 of 9 workers" in job.run.decision(decision_id)["measured"]["verdict"]
-    status = job.supervisor.status()
-    assert status["setpoint"]["num_workers"] == 6
-    assert status["desired"]["num_workers"] == 9
+    assert job.supervisor.to_state()["loop"]["setpoint"]["num_workers"] == 6
+    assert job.run.desired.num_workers == 9
 
 
 def test_a_change_of_share_does_not_cancel_workers_that_are_still_to_come() -> None:
@@ -441,8 +423,6 @@ def test_a_silent_coordinator_is_said_once_and_asked_again(caplog: pytest.LogCap
     job.run.silent_methods = {"all"}
     job.run_for(600)
     assert len([record for record in caplog.records if "EADT-371" in record.getMessage()]) == 1
-    assert job.supervisor.status()["coordinator_answers"] is False
-    assert job.supervisor.status()["age_s"] == pytest.approx(600, abs=3)
     job.run.silent_methods = set()
     job.run_for(4)
     [said] = job.run.notes("EADT-371")
@@ -470,18 +450,17 @@ def test_what_could_not_be_booked_is_booked_later_and_nothing_is_asked_for_befor
 def test_a_supervisor_started_again_in_mid_verification_goes_on_with_it() -> None:
     job = Job()
     _, decision_id = job.run_until_asked()
-    job.run_until(lambda: job.supervisor.status()["phase"] == "verifying")
-    before = job.supervisor.status()
+    job.run_until(lambda: job.phase == "verifying")
+    before = job.supervisor.to_state()
     job.start_supervisor()
     job.tick()
-    after = job.supervisor.status()
+    after = job.supervisor.to_state()
     assert after["phase"] == "verifying"
-    assert after["decisions"] == before["decisions"]
-    assert after["observations"] == before["observations"]
-    assert after["best_efficiency_samples_per_j"] == before["best_efficiency_samples_per_j"]
+    assert after["loop"]["log"] == before["loop"]["log"]
+    assert after["best_efficiency"] == before["best_efficiency"]
     assert len(job.run.notes("EADT-372")) == 1
     job.run_until(lambda: job.run.decision(decision_id)["outcome"] == "kept")
-    job.run_until(lambda: job.supervisor.status()["decisions"][-1]["decision_id"] == "d0002")
+    job.run_until(lambda: job.run.rows[-1].get("decision_id") == "d0002")
     assert decision_id == "d0001"  # ids are not used twice
 
 
@@ -511,11 +490,10 @@ def test_a_decision_that_was_kept_but_not_carried_out_is_carried_out_by_the_succ
 def test_a_supervisor_started_again_finds_what_changed_meanwhile() -> None:
     job = Job()
     _, decision_id = job.run_until_asked()
-    job.run_until(lambda: job.supervisor.status()["phase"] == "verifying")
+    job.run_until(lambda: job.phase == "verifying")
     job.run.enter(Setpoint(3, 1, 40))
     job.start_supervisor()
     job.tick()
-    assert job.supervisor.status()["setpoint"]["num_workers"] == 3
     assert job.supervisor.to_state()["loop"]["setpoint"]["num_workers"] == 3
     job.tick()
     row = job.run.decision(decision_id)
@@ -529,7 +507,7 @@ def test_a_supervisor_started_again_finds_what_changed_meanwhile() -> None:
 def test_at_the_runs_end_the_log_is_brought_up_to_date_once() -> None:
     job = Job()
     _, decision_id = job.run_until_asked()
-    job.run_until(lambda: job.supervisor.status()["phase"] == "verifying")
+    job.run_until(lambda: job.phase == "verifying")
     job.run.status, job.run.is_training = "completed", False
     job.tick()
     assert job.supervisor.is_over
@@ -539,15 +517,12 @@ def test_at_the_runs_end_the_log_is_brought_up_to_date_once() -> None:
     assert len(job.run.rows) == count
 
 
-def test_status_before_the_first_answer_and_in_mid_run_is_plain_data() -> None:
+def test_what_is_kept_says_how_the_supervisor_stands() -> None:
     job = Job()
-    assert json.loads(json.dumps(job.supervisor.status()))["phase"] == "starting"
     job.run_until_asked()
     job.run_for(1500)
-    status = json.loads(json.dumps(job.supervisor.status()))
-    assert status["name"] == "demo"
-    assert status["policy"] == "threshold"
-    assert status["progress"]["loss"] == 2.5
-    assert len(status["observations"]) == 20
-    assert status["decisions"][0]["expected"]["summary"]
-    assert status["best_efficiency_samples_per_j"] >= 0.08
+    assert job.run.kept is not None
+    kept = json.loads(job.run.kept)
+    assert kept["policy"] == "threshold"
+    assert kept["phase"] == job.phase
+    assert kept["best_efficiency"] >= 0.08
