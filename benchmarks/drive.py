@@ -31,7 +31,7 @@ class Changes:
         may_end: Asked before the run is ended.
 
     Attributes:
-        rows: The ``resize`` events, in order.
+        rows: The ``change`` events that changed the setting, in order.
         faults: The ``fault`` events.
         notes: Texts of the ``note`` events.
         num_params: The model's parameters, once the run has ended.
@@ -63,11 +63,11 @@ class Changes:
     def __call__(self, event: dict[str, Any]) -> None:
         """Take an event of the trainer."""
         kind = event["type"]
-        if kind == "run" and event["event"] == "started":
+        if kind == "session":
             self.run_id = event["run_id"]
             self._coordinator = ray.get_actor(coordinator_name(self.run_id), namespace=NAMESPACE)
             self._heard_s = time.perf_counter()
-        elif kind == "resize":
+        elif kind == "change" and not event["recovery"]:
             self._heard_s = time.perf_counter()
             self.rows.append(event)
             self._due_step = None
@@ -76,7 +76,7 @@ class Changes:
         elif kind == "note":
             self.notes.append(event["text"])
         elif kind == "progress":
-            self._progress(event["step"])
+            self._progress(event["status"].step)
 
     def _progress(self, step: int) -> None:
         if self._due_step is None:

@@ -51,6 +51,7 @@ from eadt.config import PowerConfig, RunConfig
 from eadt.errors import EadtError
 from eadt.node.sensors import SourceSelection, detect_sources
 from eadt.record.ledger import read_ledger
+from eadt.record.rows import StepsRow
 from eadt.trainer import EnergyAdaptiveTrainer
 
 PLAN = [even_setpoint(2, 40), even_setpoint(1), even_setpoint(2)]
@@ -121,7 +122,7 @@ class Card:
             return self._nvml.gpu(0).energy_j()
         assert selection is not None
         assert selection.simulated is not None
-        energy_j = selection.simulated.read()[0].energy_j
+        energy_j = selection.simulated.read(selection.simulated.components[0]).energy_j
         assert energy_j is not None
         return energy_j
 
@@ -184,8 +185,9 @@ def mps_daemon(folder: Path, *, is_wanted: bool) -> Iterator[str | None]:
 
 def losses(config: RunConfig) -> dict[int, float]:
     """Loss by step, from the run's ledger."""
-    rows = read_ledger(config.run_folder / "ledger").of_type("step")
-    return {row["step"]: row["loss"] for row in rows if row["primary"] and row["loss"] is not None}
+    rows = read_ledger(config.run_folder / "ledger").of_type(StepsRow)
+    steps = [pair for row in rows for pair in enumerate(row.loss, start=row.first_step)]
+    return {step: loss for step, loss in steps if loss is not None}
 
 
 def trial(

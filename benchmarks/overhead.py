@@ -204,7 +204,9 @@ class Side:
             for line in path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError):  # a line that is being written
                     row = json.loads(line)
-                    if row.get("type", row.get("event")) == "step" and row.get("primary", True):
+                    if row.get("type") == "steps":
+                        ends += [t0 + s for t0, s in zip(row["t0"], row["seconds"], strict=True)]
+                    elif row.get("event") == "step" and row.get("primary", True):
                         ends.append(float(row["t1"]))
         return sorted(ends)
 
