@@ -18,7 +18,8 @@ from eadt.adapters.nvml import Nvml, NvmlGpu
 from eadt.clock import SYSTEM_CLOCK, Clock
 from eadt.config import ElasticConfig, MpsConfig, PowerConfig, RunConfig
 from eadt.errors import DevicePermissionError, EadtError
-from eadt.node.sensors import Host, RaplSource, detect_sources
+from eadt.node.deadline import DeviceCall
+from eadt.node.sensors import NVML_DEADLINE_S, Host, RaplSource, detect_sources
 from eadt.node.utilisation import (
     cgroup_core_limit,
     cgroup_memory_limit_bytes,
@@ -66,7 +67,9 @@ def survey(
     nvml: Nvml | None = None,
     host: Host | None = None,
 ) -> list[Capability]:
-    """Look at this machine. Reads only; blocks for at most the second that a sleeping GPU driver takes.
+    """Look at this machine. Reads only; takes as long as a sleeping GPU driver does to wake up.
+
+    A driver that hangs is given up after :data:`NVML_DEADLINE_S`, and that is what is found.
 
     Args:
         config: Says which power source, folder for shared memory and MPS directory the run would use;
@@ -80,18 +83,26 @@ def survey(
     power = config.power if config else PowerConfig()
     mps = config.mps if config else MpsConfig()
     elastic = config.elastic if config else ElasticConfig()
-    gpus = _gpus(nvml)
+    gpus = _gpus_in_time(nvml)
     has_gpu = gpus[0].state != "missing"
     return [
         *gpus,
         _rapl(clock, host),
-        _power_source(power, clock, nvml, host),
+        *_power_source(power, clock, nvml, host),
         *(_mps(mps) if has_gpu else [_no_mps()]),
         _shared_memory(elastic.shared_memory_dir or "/dev/shm"),
         _cores(),
         _memory(),
         Capability("compiler", "ok", f"{_compiler()}; not needed: DeepSpeed's own operators are left out"),
     ]
+
+
+def _gpus_in_time(nvml: Nvml) -> list[Capability]:
+    try:
+        return DeviceCall(lambda: _gpus(nvml), "what NVML can do here", NVML_DEADLINE_S).ask()
+    except EadtError as error:
+        fix = "The driver hangs: drain the node and reboot it (`dmesg | grep -i xid` may say why)."
+        return [Capability("nvml", "missing", f"no NVIDIA GPU can be measured: {error.what}", fix)]
 
 
 def _gpus(nvml: Nvml) -> list[Capability]:
@@ -192,18 +203,22 @@ def _rapl(clock: Clock, host: Host) -> Capability:
     return Capability("rapl", "ok", f"CPU energy counters can be read ({names})")
 
 
-def _power_source(config: PowerConfig, clock: Clock, nvml: Nvml, host: Host) -> Capability:
+def _power_source(config: PowerConfig, clock: Clock, nvml: Nvml, host: Host) -> list[Capability]:
     try:
         selection = detect_sources(config, clock, nvml=nvml, host=host)
     except EadtError as error:
-        return Capability("power_source", "missing", error.what, error.fix)
+        return [Capability("power_source", "missing", error.what, error.fix)]
     selection.close()
     qualities = {component.quality for component in selection.components}
     state: State = "ok" if qualities == {"measured"} else "degraded"
     if qualities == {None}:
         state = "missing"
     fix = "" if state == "ok" else "See nvml and rapl above, or state your machine's model in power.estimate."
-    return Capability("power_source", state, "; ".join(selection.chosen), fix)
+    found = [Capability("power_source", state, "; ".join(selection.chosen), fix)]
+    unknown = [component.detail for component in selection.components if component.quality is None]
+    if unknown:
+        found.append(Capability("unmeasured", "missing", "; ".join(unknown), " ".join(selection.not_chosen)))
+    return found
 
 
 def _no_mps() -> Capability:

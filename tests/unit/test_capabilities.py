@@ -18,7 +18,12 @@ from eadt.testing.fake_nvml import FakeGpu, FakeNvml
 @pytest.fixture
 def host(tmp_path) -> Host:
     (tmp_path / "stat").write_text("cpu  100 0 0 900 0 0 0 0 0 0\n")
-    return Host(powercap_root=tmp_path / "powercap", proc_stat=tmp_path / "stat", device_root=tmp_path)
+    return Host(
+        powercap_root=tmp_path / "powercap",
+        proc_stat=tmp_path / "stat",
+        device_root=tmp_path,
+        kfd_root=tmp_path / "kfd",
+    )
 
 
 def surveyed(host: Host, library: FakeNvml, config: RunConfig | None = None) -> dict[str, Capability]:
@@ -37,6 +42,34 @@ def test_a_machine_without_gpu_trains_on_an_estimate(host):
     assert found["power_source"].state == "degraded"
     assert "estimated" in found["power_source"].detail
     assert found["mps"].state == "missing"
+
+
+def test_gpus_that_nothing_can_measure_are_found_with_the_reason_and_the_fix(host, tmp_path):
+    assert "unmeasured" not in surveyed(host, FakeNvml(driver_loaded=False))
+    node = tmp_path / "kfd" / "1"
+    node.mkdir(parents=True)
+    (node / "gpu_id").write_text("51110\n")
+    (node / "properties").write_text("simd_count 440\nunique_id 98765\n")
+    (tmp_path / "nvidia0").touch()
+    found = surveyed(host, FakeNvml(driver_loaded=False))["unmeasured"]
+    assert found.state == "missing"
+    assert "nvidia0" in found.detail
+    assert "AMD" in found.detail
+    assert "Load the NVIDIA driver" in found.fix
+    assert "rocm-smi" in found.fix
+
+
+def test_a_driver_that_hangs_is_what_is_found(host, monkeypatch):
+    monkeypatch.setattr(capabilities, "NVML_DEADLINE_S", 0.05)
+    monkeypatch.setattr("eadt.node.sensors.detect.NVML_DEADLINE_S", 0.05)
+    library = FakeNvml()
+    hang = library.hang("nvmlInit")
+    found = surveyed(host, library)
+    assert hang.reached.is_set()
+    hang.release()
+    assert found["nvml"].state == "missing"
+    assert "not answered" in found["nvml"].detail
+    assert "reboot" in found["nvml"].fix
 
 
 def test_everything_that_is_not_ok_names_its_fix(host):

@@ -9,17 +9,13 @@ import pytest
 
 from eadt.adapters.nvml import Nvml
 from eadt.config import PowerConfig
-from eadt.errors import (
-    DevicePermissionError,
-    DeviceUnsupportedError,
-    EnvironmentFailure,
-    TransientDeviceError,
-)
+from eadt.errors import DevicePermissionError, DeviceUnsupportedError, EadtError, EnvironmentFailure
 from eadt.node import utilisation
 from eadt.node.sensors import (
     CpuEstimateSource,
     Host,
     RaplSource,
+    Reading,
     SimulatedGpuSource,
     detect_sources,
 )
@@ -47,10 +43,23 @@ class Machine:
 
     @property
     def host(self) -> Host:
-        return Host(powercap_root=self.powercap, proc_stat=self.proc_stat, device_root=self.devices)
+        return Host(
+            powercap_root=self.powercap,
+            proc_stat=self.proc_stat,
+            device_root=self.devices,
+            kfd_root=self.root / "kfd",
+        )
 
     def set_cpu_ticks(self, user: int = 0, system: int = 0, idle: int = 0, iowait: int = 0, steal: int = 0):
         self.proc_stat.write_text(f"cpu  {user} 0 {system} {idle} {iowait} 0 0 {steal} 0 0\ncpu0 1 2 3 4\n")
+
+    def set_kfd_node(self, number: int, gpu_id: int, simd_count: int, unique_id: int = 0) -> None:
+        folder = self.root / "kfd" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "gpu_id").write_text(f"{gpu_id}\n")
+        (folder / "properties").write_text(
+            f"cpu_cores_count 0\nsimd_count {simd_count}\nvendor_id 4098\nunique_id {unique_id}\n"
+        )
 
     def set_zone(self, zone: str, name: str, energy_j: float, range_j: float = 262143.0) -> Path:
         folder = self.powercap / zone
@@ -71,8 +80,13 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+def read(source) -> list[Reading]:
+    """Every component of the source, as the reading thread does one after the other."""
+    return [source.read(component) for component in source.components]
+
+
 def energies(source) -> dict[str, float | None]:
-    return {reading.component.name: reading.energy_j for reading in source.read()}
+    return {reading.component.name: reading.energy_j for reading in read(source)}
 
 
 class TestRapl:
@@ -106,31 +120,59 @@ class TestRapl:
     def test_counter_wraps_around(self, machine, clock):
         machine.set_zone("intel-rapl:0", "package-0", 262100.0)
         source = RaplSource(clock, machine.powercap)
-        source.read()
+        read(source)
         clock.advance(1.0)
         machine.set_zone("intel-rapl:0", "package-0", 57.0)
         assert energies(source)["cpu"] == pytest.approx(100.0)
 
-    def test_reset_is_a_failure_and_then_starts_anew(self, machine, clock):
+    def test_a_reset_begins_a_new_series(self, machine, clock):
         machine.set_zone("intel-rapl:0", "package-0", 1000.0)
         source = RaplSource(clock, machine.powercap)
-        source.read()
+        (first,) = read(source)
         clock.advance(1.0)
         machine.set_zone("intel-rapl:0", "package-0", 5.0)
-        (reading,) = source.read()
-        assert reading.energy_j is None
-        assert isinstance(reading.failure, TransientDeviceError)
+        (reset,) = read(source)
         clock.advance(1.0)
         machine.set_zone("intel-rapl:0", "package-0", 105.0)
-        assert energies(source)["cpu"] == pytest.approx(100.0)
+        (after,) = read(source)
+        assert first.series != reset.series == after.series
+        assert after.energy_j - reset.energy_j == pytest.approx(100.0)
 
-    def test_not_read_for_so_long_that_it_may_have_wrapped_twice(self, machine, clock):
+    def test_not_read_for_so_long_that_it_may_have_wrapped_twice_begins_a_new_series(self, machine, clock):
         machine.set_zone("intel-rapl:0", "package-0", 1000.0)
         source = RaplSource(clock, machine.powercap)
-        source.read()
+        (first,) = read(source)
         clock.advance(3600.0)
         machine.set_zone("intel-rapl:0", "package-0", 2000.0)
-        assert energies(source)["cpu"] is None
+        (late,) = read(source)
+        assert late.series != first.series
+
+    def test_one_failed_reading_loses_nothing(self, machine, clock):
+        machine.set_zone("intel-rapl:0", "package-0", 1000.0)
+        folder = machine.set_zone("intel-rapl:1", "package-1", 500.0)
+        source = RaplSource(clock, machine.powercap)
+        read(source)
+        clock.advance(1.0)
+        machine.set_zone("intel-rapl:0", "package-0", 1010.0)
+        (folder / "energy_uj").write_text("nonsense")
+        (failed,) = read(source)
+        assert failed.energy_j is None
+        assert "intel-rapl:1" in failed.failure.what
+        clock.advance(1.0)
+        machine.set_zone("intel-rapl:0", "package-0", 1020.0)
+        machine.set_zone("intel-rapl:1", "package-1", 530.0)
+        (after,) = read(source)
+        assert (after.energy_j, after.series) == (pytest.approx(50.0), failed.series)
+
+    def test_states_its_error_and_what_it_can_resolve(self, machine, clock):
+        for package in range(2):
+            machine.set_zone(f"intel-rapl:{package}", f"package-{package}", 1.0)
+        machine.set_zone("intel-rapl:0:0", "dram", 1.0)
+        cpu, dram = RaplSource(clock, machine.powercap).components
+        assert 0.0 < cpu.relative_uncertainty < dram.relative_uncertainty < 1.0
+        assert 0.0 < cpu.resolution_s < cpu.honest_window_s < 1.0
+        # Two packages may draw twice as much as one before it is a jump.
+        assert (cpu.greatest_power_w, dram.greatest_power_w) == (2000.0, 400.0)
 
     def test_a_late_first_reading_is_no_gap(self, machine, clock):
         machine.set_zone("intel-rapl:0", "package-0", 1000.0)
@@ -182,7 +224,7 @@ class TestCpuEstimate:
         source = CpuEstimateSource(15.0, 12.0, clock, CpuTimes(machine.proc_stat))
         machine.set_cpu_ticks(user=1300, idle=9100)
         clock.advance(2.0)
-        (reading,) = source.read()
+        (reading,) = read(source)
         assert reading.energy_j == pytest.approx(15.0 * 2.0 + 12.0 * 3.0)
         assert reading.component.quality is Quality.ESTIMATED
         assert reading.at_s == clock.monotonic_s()
@@ -242,7 +284,7 @@ class TestSimulated:
             source.set_utilisation(0.6)
             for _ in range(round(20.0 / step_s)):
                 clock.advance(step_s)
-                source.read()
+                read(source)
             totals.append(energies(source))
         assert totals[0] == pytest.approx(totals[1], rel=1e-9)
 
@@ -310,7 +352,7 @@ class TestDetection:
         assert selection.components[4].source == "rapl"
         assert "MIG" in selection.components[3].detail
         assert "vGPU" in selection.components[2].detail
-        readings = {r.component.name: r for r in selection.sources[0].read()}
+        readings = {r.component.name: r for r in read(selection.sources[0])}
         assert readings["gpu0"].energy_j == 5000.0
         assert readings["gpu1"].power_w == 100.0
         assert (readings["gpu2"].energy_j, readings["gpu2"].power_w) == (None, None)
@@ -319,11 +361,12 @@ class TestDetection:
         library = FakeNvml([FakeGpu(), FakeGpu(uuid="GPU-b")], clock)
         selection = self.detect(machine, clock, nvml=Nvml(library))
         library.fail("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_GPU_IS_LOST, index=1)
-        first, second = selection.sources[0].read()
+        source = selection.sources[0]
+        first, second = source.components
+        with pytest.raises(EadtError, match="lost"):
+            source.read(second)
         assert library.fired
-        assert first.energy_j is not None
-        assert second.energy_j is None
-        assert "lost" in second.failure.what
+        assert source.read(first).energy_j is not None
 
     def test_only_the_named_gpus(self, machine, clock):
         gpus = (FakeGpu(), FakeGpu(uuid="GPU-b"), FakeGpu(uuid="GPU-c"))
@@ -341,6 +384,105 @@ class TestDetection:
             ("gpu1", None),
             ("cpu", Quality.ESTIMATED),
         ]
+        # Why, and what to do: it goes to the run's notes and to `eadt doctor`.
+        assert any("NVML" in line and "driver" in line for line in selection.not_chosen)
+        assert "Driver Not Loaded" in selection.components[0].detail
+
+    def test_device_files_are_counted_not_sorted_as_text(self, machine, clock):
+        for number in range(11):
+            (machine.devices / f"nvidia{number}").touch()
+        details = [c.detail for c in self.detect(machine, clock).components[:11]]
+        assert [f"nvidia{n} " in detail for n, detail in enumerate(details)] == [True] * 11
+
+    def test_gpus_of_amd_are_unknown_never_absent(self, machine, clock):
+        machine.set_kfd_node(0, gpu_id=0, simd_count=0)
+        machine.set_kfd_node(1, gpu_id=51110, simd_count=440, unique_id=98765)
+        machine.set_kfd_node(2, gpu_id=4321, simd_count=440)
+        selection = self.detect(machine, clock)
+        first, second, cpu = selection.components
+        assert [(c.name, c.source, c.quality) for c in (first, second)] == [
+            ("gpu0", "none", None),
+            ("gpu1", "none", None),
+        ]
+        assert first.identity == "amd-98765"
+        assert second.identity.endswith("/kfd-4321")
+        assert "AMD" in first.detail
+        assert cpu.name == "cpu"
+        assert any("AMD" in line and "rocm-smi" in line for line in selection.not_chosen)
+
+    def test_gpus_of_amd_beside_nvidias_are_counted_on(self, machine, clock):
+        machine.set_kfd_node(1, gpu_id=51110, simd_count=440)
+        selection = self.detect(machine, clock, nvml=self.nvml(clock, FakeGpu(), FakeGpu(uuid="GPU-b")))
+        assert [(c.name, c.quality) for c in selection.components[:3]] == [
+            ("gpu0", Quality.MEASURED),
+            ("gpu1", Quality.MEASURED),
+            ("gpu2", None),
+        ]
+
+    def test_an_amd_driver_that_shows_no_gpu_is_said(self, machine, clock):
+        (machine.devices / "kfd").touch()
+        selection = self.detect(machine, clock)
+        assert [c.name for c in selection.components] == ["cpu"]
+        assert any("/dev/kfd" in line and "in no number" in line for line in selection.not_chosen)
+
+    def test_a_card_that_shows_neither_counter_nor_power_is_said_with_the_fix(self, machine, clock):
+        nvml = self.nvml(clock, FakeGpu(has_energy_counter=False, has_power=False, virtualisation_mode=2))
+        selection = self.detect(machine, clock, nvml=nvml)
+        assert any("gpu0" in line and "host" in line for line in selection.not_chosen)
+
+    def test_nvml_sources_state_their_error_and_what_they_can_resolve(self, machine, clock):
+        counter, power, odd = self.detect(
+            machine,
+            clock,
+            nvml=self.nvml(
+                clock,
+                FakeGpu(uuid="GPU-a", power_limit_range_w=(200.0, 700.0)),
+                FakeGpu(uuid="GPU-b", has_energy_counter=False),
+                FakeGpu(uuid="GPU-c", has_power_limit=False),
+            ),
+        ).components[:3]
+        assert counter.honest_window_s == 5.0
+        assert 0.1 < counter.resolution_s < 0.2
+        assert counter.relative_uncertainty == 0.05
+        # Integrated power says more error, and about longer windows.
+        assert power.relative_uncertainty > counter.relative_uncertainty
+        assert power.resolution_s > counter.resolution_s
+        assert power.honest_window_s > counter.honest_window_s
+        assert (counter.greatest_power_w, odd.greatest_power_w) == (1050.0, 2000.0)
+
+    def test_a_driver_that_hangs_is_given_up_and_its_cards_are_unknown(self, machine, clock, monkeypatch):
+        monkeypatch.setattr("eadt.node.sensors.detect.NVML_DEADLINE_S", 0.05)
+        (machine.devices / "nvidia0").touch()
+        library = FakeNvml([FakeGpu()], clock)
+        hang = library.hang("nvmlDeviceGetCount")
+        selection = self.detect(machine, clock, nvml=Nvml(library))
+        assert hang.reached.is_set()
+        hang.release()
+        assert [(c.name, c.quality) for c in selection.components] == [
+            ("gpu0", None),
+            ("cpu", Quality.ESTIMATED),
+        ]
+        assert any("not answered" in line for line in selection.not_chosen)
+
+    def test_closing_waits_for_no_driver_that_hangs(self, machine, clock, monkeypatch):
+        monkeypatch.setattr("eadt.node.sensors.detect._CLOSING_DEADLINE_S", 0.05)
+        library = FakeNvml([FakeGpu()], clock)
+        selection = self.detect(machine, clock, nvml=Nvml(library))
+        hang = library.hang("nvmlShutdown")
+        selection.close()
+        assert hang.reached.is_set()
+        hang.release()
+
+    def test_how_cards_do_is_asked_of_those_that_nvml_knows(self, machine, clock):
+        machine.set_kfd_node(1, gpu_id=51110, simd_count=440)
+        selection = self.detect(machine, clock, nvml=self.nvml(clock, FakeGpu(utilisation_percentage=70)))
+        states = selection.card_states(lambda _name, processes: len(processes), clock)
+        states.set_cards(["gpu0", "gpu1"])
+        for name in ("gpu0", "gpu1"):
+            states.look(name)
+        clock.advance(60.0)
+        row = states.take("n1")
+        assert dict(zip(row.components, row.utilisation_fraction, strict=True)) == {"gpu0": 0.7, "gpu1": None}
 
     def test_simulated_adds_gpus_to_the_cpu(self, machine, clock):
         selection = self.detect(machine, clock, power_config("simulated", num_gpus=2))
@@ -371,7 +513,7 @@ class TestDetection:
         machine.set_cpu_ticks()
         selection = self.detect(machine, clock)
         assert [(c.name, c.source, c.quality) for c in selection.components] == [("cpu", "none", None)]
-        (reading,) = selection.sources[0].read()
+        (reading,) = read(selection.sources[0])
         assert (reading.energy_j, reading.power_w) == (None, None)
 
     def test_closing_gives_the_library_back(self, machine, clock):

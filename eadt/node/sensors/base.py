@@ -78,6 +78,7 @@ class Reading(NamedTuple):
         energy_j: A counter's value in J, its origin arbitrary; ``None`` where there is no counter.
         power_w: Momentary power in W; ``None`` where the counter makes it unnecessary.
         failure: Why the reading is unknown.
+        series: Readings of two series have nothing to do with each other: the counter began anew.
     """
 
     component: Component
@@ -85,6 +86,7 @@ class Reading(NamedTuple):
     energy_j: float | None = None
     power_w: float | None = None
     failure: EadtError | None = None
+    series: int = 0
 
 
 class PowerSource(Protocol):

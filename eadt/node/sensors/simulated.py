@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Sequence
 
 from eadt.clock import Clock
 from eadt.errors import EadtError
@@ -63,11 +62,11 @@ class SimulatedGpuSource:
         self._max_w = max_w
         self._clock = clock
         self._cpu_times = cpu_times
-        # The node agent tells utilisations while the meter's thread reads.
+        # The node agent tells utilisations while the meter's threads read.
         self._lock = threading.Lock()
         self._start_s = self._read_at_s = clock.monotonic_s()
         self._busy_core_s = self._busy_now()
-        self._gpus = [
+        gpus = [
             _SimulatedGpu(
                 Component(
                     name=f"gpu{index}",
@@ -75,30 +74,33 @@ class SimulatedGpuSource:
                     quality=Quality.SIMULATED,
                     detail=f"gpu{index}: pretended, {idle_w:g} W idle to {max_w:g} W busy",
                     identity=f"simulated-{seed}-{index}",
+                    relative_uncertainty=0.0,
+                    greatest_power_w=max_w,
                 ),
                 random.Random(f"{seed}/{index}"),
             )
             for index in range(num_gpus)
         ]
+        self._gpus = {gpu.component.name: gpu for gpu in gpus}
 
     @property
     def components(self) -> tuple[Component, ...]:
         """See :class:`eadt.node.sensors.PowerSource`."""
-        return tuple(gpu.component for gpu in self._gpus)
+        return tuple(gpu.component for gpu in self._gpus.values())
 
     def set_utilisation(self, utilisation_fraction: float, gpu_index: int | None = None) -> None:
         """From now on one card, or all, is busy to this fraction (cut to 0..1). Thread-safe."""
         with self._lock:
             self._integrate()
-            for index, gpu in enumerate(self._gpus):
+            for index, gpu in enumerate(self._gpus.values()):
                 if gpu_index is None or index == gpu_index:
                     gpu.told_fraction = min(max(utilisation_fraction, 0.0), 1.0)
 
-    def read(self) -> Sequence[Reading]:
+    def read(self, component: Component) -> Reading:
         """See :class:`eadt.node.sensors.PowerSource`."""
         with self._lock:
             self._integrate()
-            return [Reading(gpu.component, self._read_at_s, energy_j=gpu.energy_j) for gpu in self._gpus]
+            return Reading(component, self._read_at_s, energy_j=self._gpus[component.name].energy_j)
 
     def _integrate(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -107,7 +109,7 @@ class SimulatedGpuSource:
             return
         from_s, to_s = self._read_at_s - self._start_s, now_s - self._start_s
         cpu_fraction: float | None = None
-        for gpu in self._gpus:
+        for gpu in self._gpus.values():
             fraction = gpu.told_fraction
             if fraction is None:
                 if cpu_fraction is None:
