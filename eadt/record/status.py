@@ -9,11 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from eadt.record.books import Books
+from eadt.record.figures import SessionTally
+from eadt.record.rows import Row
 from eadt.units import Quantity
 
 HEARD_WITHIN_S = 120.0
 """A run without an end row that was heard of so recently (s) is taken to go on."""
+
+OVER = frozenset({"completed", "interrupted", "failed", "crashed"})
+"""Statuses of a run that does not go on."""
+
+NUM_ROWS, NUM_NOTES = 20, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +134,9 @@ class RunStatus:
     best_efficiency: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values that JSON can hold."""
-        raise NotImplementedError
+        """As plain values that JSON can hold; what is not finite is ``None``."""
+        values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return values
 
 
 def run_status(books: Books, live: LiveFacts | None, *, now_unix_s: float) -> RunStatus:
@@ -137,4 +147,76 @@ def run_status(books: Books, live: LiveFacts | None, *, now_unix_s: float) -> Ru
         live: What the coordinator knows; ``None``: only the ledger was read.
         now_unix_s: Wall time.
     """
-    raise NotImplementedError
+    run, sessions = books.run, books.sessions
+    session = sessions[-1] if sessions else None
+    heard_unix_s = session.heard_unix_s if session is not None and session.heard_unix_s > 0 else None
+    age_s = None if heard_unix_s is None else max(now_unix_s - heard_unix_s, 0.0)
+    status = live.status if live is not None else _status_of(session, age_s)
+    is_over = status in OVER
+    is_training = live.is_training if live is not None else None
+    at_s = books.at_s
+    if live is not None and live.at_s is not None and session is not None:
+        at_s = max(at_s, session.offset_s + live.at_s)
+    return RunStatus(
+        source="ledger" if live is None else "supervisor",
+        run=run.name,
+        run_id=run.run_id,
+        status=status,
+        heard_unix_s=heard_unix_s,
+        age_s=age_s,
+        session=len(sessions),
+        num_sessions=len(sessions),
+        setpoint=books.setpoint,
+        desired=None if live is None else live.desired,
+        waiting_for="" if live is None else live.waiting_for,
+        policy=None if live is None else live.policy,
+        phase=None if live is None else live.supervisor_phase,
+        step=books.step,
+        max_steps=run.max_steps,
+        loss=books.loss,
+        learning_rate=books.learning_rate,
+        world_size=books.world_size,
+        generation=_generation(books) if live is None else live.generation,
+        at_s=at_s,
+        samples_per_second=None if is_over or is_training is False else books.recent_samples_per_second(),
+        power_w=None if is_over else books.recent_power_w(),
+        energy_j=books.energy(),
+        joules_per_sample=books.joules_per_sample(),
+        seconds_to_go=None if is_over else books.seconds_to_go(),
+        energy_to_go_j=None if is_over else books.energy_to_go_j(),
+        energy_by_use=books.energy_by("use"),
+        observations=tuple(_plain(row) for row in books.observations[-NUM_ROWS:]),
+        decisions=tuple(_plain(row) for row in books.decisions[-NUM_ROWS:]),
+        notes=tuple(_plain(row) | {"at_s": at_s} for at_s, row in books.notes[-NUM_NOTES:]),
+        is_training=is_training,
+        num_devices=None if live is None else live.num_devices,
+        supervisor_answers=None if live is None else live.supervisor_answers,
+        best_efficiency=None if live is None else live.best_efficiency,
+    )
+
+
+def _status_of(session: SessionTally | None, age_s: float | None) -> str:
+    """What the ledger alone says."""
+    if session is None:
+        return "unknown"
+    if session.status != "running":
+        return session.status
+    return "running" if age_s is not None and age_s <= HEARD_WITHIN_S else "crashed"
+
+
+def _generation(books: Books) -> int:
+    """The newest generation of the present session that began to train; 0 where it has ended, or none did."""
+    rows = books.generation_rows
+    if not rows or not books.sessions or rows[-1][0] < books.sessions[-1].offset_s:
+        return 0
+    newest = rows[-1][1]
+    return newest.generation if newest.event == "started" else 0
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """A row's own fields as plain values."""
+    return {
+        name: msgspec.to_builtins(getattr(row, name))
+        for name in row.__struct_fields__
+        if name not in ("seq", "unix_s")
+    }

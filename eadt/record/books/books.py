@@ -6,6 +6,25 @@ devices. ``docs/ledger.md`` states the rules that the books follow.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from eadt.record.books.curves import Curves
+from eadt.record.books.devices import DeviceBook
+from eadt.record.books.energy import EnergyBook, draw_open_bin
+from eadt.record.books.events import EventBook
+from eadt.record.books.gaps import as_figures
+from eadt.record.books.job_time import TimeBook
+from eadt.record.books.outlook import energy_of_steps, recent_power_w, seconds_per_step
+from eadt.record.books.parts import Parts
+from eadt.record.books.sessions import SessionBook
+from eadt.record.books.steps import StepBook, total_of
+from eadt.record.books.totals import ATTRIBUTES, Totals, tabulate
+from eadt.record.books.undo import note_saved_step
+from eadt.record.books.unusable import Unusable, check_numbers
 from eadt.record.figures import (
     DeviceTally,
     NodeTally,
@@ -20,13 +39,54 @@ from eadt.record.rows import (
     ChangeRow,
     CheckpointRow,
     DecisionRow,
+    DevicesRow,
+    EndRow,
+    EnergyRow,
     FaultRow,
     GenerationRow,
+    LedgerRow,
+    NodeRow,
     NoteRow,
     ObservationRow,
+    RollbackRow,
+    SessionRow,
+    StepsRow,
+    TimeRow,
     ValidationRow,
+    kind_of,
 )
 from eadt.units import Quantity
+
+_STATE_VERSION = 1
+_MAX_UNUSABLE = 100
+_MAX_UNKNOWN_FRACTION = 0.05
+_EFFICIENCY_BINS = 120
+
+
+class _State(msgspec.Struct):
+    """All that books know."""
+
+    version: int = _STATE_VERSION
+    num_rows: int = 0
+    num_dropped: int = 0
+    num_unusable: int = 0
+    unusable: list[str] = []
+    saved_steps: list[int] = []
+    sessions: SessionBook = msgspec.field(default_factory=SessionBook)
+    energy: EnergyBook = msgspec.field(default_factory=EnergyBook)
+    steps: StepBook = msgspec.field(default_factory=StepBook)
+    time: TimeBook = msgspec.field(default_factory=TimeBook)
+    parts: Parts = msgspec.field(default_factory=Parts)
+    curves: Curves = msgspec.field(default_factory=Curves)
+    devices: DeviceBook = msgspec.field(default_factory=DeviceBook)
+    events: EventBook = msgspec.field(default_factory=EventBook)
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+_ENCODER = msgspec.msgpack.Encoder()
 
 
 class Books:
@@ -38,109 +98,287 @@ class Books:
     without the time between them.
     """
 
+    def __init__(self) -> None:
+        self._keep(_State())
+
+    def _keep(self, state: _State) -> None:
+        self._state = state
+        self._totals: tuple[int, Totals] | None = None
+        self._handlers: dict[type, Callable[[Any], bool]] = {
+            EnergyRow: self._add_energy,
+            StepsRow: self._add_steps,
+            TimeRow: self._add_time,
+            NodeRow: self._add_node,
+            DevicesRow: self._add_devices,
+            SessionRow: self._add_session,
+            EndRow: self._add_end,
+            RollbackRow: self._add_rollback,
+            GenerationRow: self._add_generation,
+            CheckpointRow: self._add_checkpoint,
+            ValidationRow: self._add_validation,
+            DecisionRow: self._add_decision,
+            ObservationRow: self._add_observation,
+            ChangeRow: self._add_change,
+            FaultRow: self._add_fault,
+            NoteRow: self._add_note,
+            LedgerRow: lambda _row: True,
+        }
+
     def add(self, row: AnyRow) -> None:
         """Book one row. Never raises: a row that makes no sense is named in :attr:`unusable`."""
-        raise NotImplementedError
+        state = self._state
+        state.num_rows += 1
+        try:
+            if not self._handlers[type(row)](row):
+                state.num_dropped += 1
+        except (Unusable, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+            state.num_unusable += 1
+            if len(state.unusable) < _MAX_UNUSABLE:
+                why = str(error) if isinstance(error, Unusable) else repr(error)
+                state.unusable.append(f"{_name_of(row)} {getattr(row, 'seq', 0)}: {why}")
+        if type(row) is not LedgerRow:  # it comes before the row of the session that its file begins with
+            state.sessions.hear(getattr(row, "unix_s", 0.0))
+
+    # -- rows -------------------------------------------------------------------------------------------
+
+    def _add_energy(self, row: EnergyRow) -> bool:
+        state = self._state
+        session = state.sessions.present
+        session.has_content = True
+        return state.energy.add(row, session, state.saved_steps, state.parts, state.curves)
+
+    def _add_steps(self, row: StepsRow) -> bool:
+        state = self._state
+        session = state.sessions.present
+        session.has_content = True
+        if not row.t0:
+            raise Unusable("no steps in it")
+        node = state.energy.nodes.get(row.node)
+        if node is not None and node.session == session.index:
+            to_session_s = node.to_session_s
+        else:  # of a node that told no moment in both times: they end now
+            to_session_s = session.seconds - (row.t0[-1] + (row.seconds[-1] if row.seconds else 0.0))
+        return state.steps.add(row, session, to_session_s, state.curves)
+
+    def _add_time(self, row: TimeRow) -> bool:
+        state = self._state
+        session = state.sessions.present
+        session.has_content = True
+        state.time.add(row, session, state.saved_steps, state.parts)
+        state.curves.widen(session.at_s)
+        return True
+
+    def _add_node(self, row: NodeRow) -> bool:
+        state = self._state
+        session = state.sessions.present
+        session.has_content = True
+        if state.energy.meet(row, session, state.saved_steps, state.curves):
+            state.devices.begin_time_anew(row.node)
+        return True
+
+    def _add_devices(self, row: DevicesRow) -> bool:
+        return self._state.devices.add(row)
+
+    def _add_session(self, row: SessionRow) -> bool:
+        state = self._state
+        check_numbers(row.resumed_step)
+        before = state.sessions.present
+        if state.sessions.begin(row):
+            state.energy.end_session(before, state.curves)
+            state.devices.begin_time_anew()
+            state.steps.prove(row.resumed_step, before.index)
+            self._undo(before.index + 1, -1, row.resumed_step)
+        else:
+            state.steps.base = row.resumed_step
+        note_saved_step(state.saved_steps, row.resumed_step)
+        return True
+
+    def _add_end(self, row: EndRow) -> bool:
+        self._see(row.at_s)
+        self._state.sessions.end(row)
+        return True
+
+    def _add_rollback(self, row: RollbackRow) -> bool:
+        state = self._state
+        check_numbers(row.generation, row.resumed_step)
+        self._see(row.at_s)
+        session = state.sessions.present
+        session.limits.undo(row.generation, row.resumed_step)
+        state.steps.num_rollbacks += 1
+        self._undo(session.index, row.generation, row.resumed_step)
+        state.steps.prove(row.resumed_step, session.index, row.generation)
+        note_saved_step(state.saved_steps, row.resumed_step)
+        return True
+
+    def _undo(self, session: int, generation: int, resumed_step: int) -> None:
+        """What was done beyond a step, by these generations and in sessions before, is void."""
+        state = self._state
+        state.energy.undo(session, generation, resumed_step, state.parts)
+        state.time.undo(session, generation, resumed_step)
+        state.steps.undo(session, generation, resumed_step, state.curves)
+        state.events.undo(session, generation, resumed_step)
+
+    def _see(self, at_s: float | None) -> None:
+        state = self._state
+        state.sessions.present.see(at_s)
+        state.curves.widen(state.sessions.present.at_s)
+
+    def _add_generation(self, row: GenerationRow) -> bool:
+        check_numbers(row.generation, row.setting)
+        self._see(row.at_s)
+        session = self._state.sessions.present
+        session.has_content = True
+        self._state.parts.note(row, session.index)
+        self._state.events.add_generation(row, session)
+        return self._count(row)
+
+    def _add_checkpoint(self, row: CheckpointRow) -> bool:
+        check_numbers(row.step)
+        self._see(row.at_s)
+        note_saved_step(self._state.saved_steps, row.step)
+        self._state.events.checkpoints.add(self._state.sessions.present.place_s(row.at_s), row)
+        return self._count(row)
+
+    def _add_validation(self, row: ValidationRow) -> bool:
+        check_numbers(row.step, row.generation)
+        self._see(row.at_s)
+        self._state.events.add_validation(row, self._state.sessions.present)
+        return self._count(row)
+
+    def _add_decision(self, row: DecisionRow) -> bool:
+        self._see(row.at_s)
+        self._state.events.add_decision(row, self._state.sessions.present)
+        return self._count(row)
+
+    def _add_observation(self, row: ObservationRow) -> bool:
+        self._see(row.at_s)
+        self._state.events.add_observation(row, self._state.sessions.present)
+        return self._count(row)
+
+    def _add_change(self, row: ChangeRow) -> bool:
+        self._see(row.at_s)
+        self._state.events.changes.add(self._state.sessions.present.place_s(row.at_s), row)
+        return self._count(row)
+
+    def _add_fault(self, row: FaultRow) -> bool:
+        self._see(row.at_s)
+        self._state.events.faults.add(self._state.sessions.present.place_s(row.at_s), row)
+        return self._count(row)
+
+    def _add_note(self, row: NoteRow) -> bool:
+        self._see(row.at_s)
+        self._state.events.notes.add(self._state.sessions.present.place_s(row.at_s), row)
+        return self._count(row)
+
+    def _count(self, row: AnyRow) -> bool:
+        counts = self._state.events.counts
+        kind = kind_of(row)
+        counts[kind] = counts.get(kind, 0) + 1
+        return True
 
     # -- the run ----------------------------------------------------------------------------------------
 
     @property
     def run(self) -> RunFacts:
         """Which run this is."""
-        raise NotImplementedError
+        return self._state.sessions.run()
 
     @property
     def sessions(self) -> list[SessionTally]:
         """Its sessions, in their order."""
-        raise NotImplementedError
+        return self._state.sessions.tallies()
 
     @property
     def at_s(self) -> float:
         """Now: the newest moment of which a row told, on the run's axis, in s."""
-        raise NotImplementedError
+        return self._state.sessions.present.at_s
 
     @property
     def num_rows(self) -> int:
         """Rows that were added."""
-        raise NotImplementedError
+        return self._state.num_rows
 
     @property
     def num_dropped(self) -> int:
         """Rows that were dropped because they had been delivered before."""
-        raise NotImplementedError
+        return self._state.num_dropped
 
     @property
     def unusable(self) -> list[str]:
         """Rows that made no sense: kind, ``seq`` and why; the first 100."""
-        raise NotImplementedError
+        return list(self._state.unusable)
 
     @property
     def num_unusable(self) -> int:
         """Rows that made no sense, all of them."""
-        raise NotImplementedError
+        return self._state.num_unusable
 
     # -- steps ------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
         """Number of the newest step that counts; 0 before the first."""
-        raise NotImplementedError
+        return self._state.steps.position
 
     @property
     def loss(self) -> float | None:
         """Loss of the newest step that counts."""
-        raise NotImplementedError
+        newest = self._state.steps.newest()
+        return None if newest is None else newest.loss
 
     @property
     def learning_rate(self) -> float | None:
         """Learning rate of the newest step that counts."""
-        raise NotImplementedError
+        newest = self._state.steps.newest()
+        return None if newest is None else newest.learning_rate
 
     @property
     def world_size(self) -> int | None:
         """Ranks in the newest step that counts."""
-        raise NotImplementedError
+        newest = self._state.steps.newest()
+        return None if newest is None else newest.world_size
 
     @property
     def setpoint(self) -> dict[str, object] | None:
         """Setpoint of the newest generation that began to train; ``None`` before the first."""
-        raise NotImplementedError
+        return self._state.events.setpoint
 
     @property
     def optimizer_steps(self) -> int:
         """Steps that count: done, and not undone."""
-        raise NotImplementedError
+        return self._state.steps.optimizer_steps()
 
     @property
     def lost_steps(self) -> int:
         """Steps that were done and undone."""
-        raise NotImplementedError
+        return self._state.steps.lost_steps()
 
     @property
     def num_rollbacks(self) -> int:
         """Rollback rows."""
-        raise NotImplementedError
+        return self._state.steps.num_rollbacks
 
     @property
     def samples(self) -> int | None:
         """Samples of steps that count; ``None``: a step did not say."""
-        raise NotImplementedError
+        return total_of(self._state.steps.kept, "samples", self._state.sessions.train_batch_size)
 
     @property
     def tokens(self) -> int | None:
         """Tokens of steps that count; ``None``: a step did not say."""
-        raise NotImplementedError
+        return total_of(self._state.steps.kept, "tokens", self._tokens_of_a_step())
 
     @property
     def lost_samples(self) -> int | None:
         """Samples of steps that were undone; ``None``: a step did not say."""
-        raise NotImplementedError
+        return total_of(self._state.steps.lost, "samples", self._state.sessions.train_batch_size)
 
     # -- energy -----------------------------------------------------------------------------------------
 
     def energy(self) -> Quantity | None:
         """All energy in J; ``None``: nothing was measured."""
-        raise NotImplementedError
+        part = self._tabulated().all
+        return part.quantity() if part.is_known else None
 
     def energy_by(self, attribute: str) -> dict[str, Quantity]:
         """Energy in J by ``use``, ``component``, ``quality`` or ``node``; unknown parts are left out.
@@ -148,143 +386,203 @@ class Books:
         Raises:
             ValueError: Another attribute.
         """
-        raise NotImplementedError
+        if attribute not in ATTRIBUTES:
+            raise ValueError(f"{attribute} is none of {', '.join(ATTRIBUTES)}")
+        parts = self._tabulated().parts[attribute]
+        return {name: part.quantity() for name, part in sorted(parts.items()) if part.is_known}
 
     def energy_cells(self) -> dict[tuple[str, str, str, str], float]:
         """J by (use, component, quality, node), which add up to the total."""
-        raise NotImplementedError
+        return {cell: energy_mj / 1e3 for cell, energy_mj in sorted(self._tabulated().cells_mj.items())}
 
     def joules_per_sample(self) -> Quantity | None:
         """All energy over the samples that count, in J."""
-        raise NotImplementedError
+        return _over(self.energy(), self.samples)
 
     def joules_per_token(self) -> Quantity | None:
         """All energy over the tokens that count, in J."""
-        raise NotImplementedError
+        return _over(self.energy(), self.tokens)
 
     def useful_joules_per_sample(self) -> Quantity | None:
         """Useful energy over the samples that count, in J."""
-        raise NotImplementedError
+        return _over(self.energy_by("use").get("useful"), self.samples)
 
     def mean_power_w(self) -> Quantity | None:
         """Mean power in W over the run; ``None`` where more than 5 % was not measured."""
-        raise NotImplementedError
+        session = self._state.sessions.present
+        total = self._tabulated().all
+        seconds = session.offset_s + session.metered_s
+        if not total.is_known or seconds <= 0.0:
+            return None
+        if total.unknown_us > _MAX_UNKNOWN_FRACTION * total.expected_us:
+            return None
+        return total.quantity().over(seconds)
 
     def recent_power_w(self) -> Quantity | None:
         """Power in W of all nodes that book now, each over its newest intervals of at least 1 s."""
-        raise NotImplementedError
+        return recent_power_w(self._state.energy, self._state.sessions.present, self._relative())
 
     def recent_samples_per_second(self, window_s: float = 30.0) -> float | None:
         """Samples per second of the newest steps, over at least ``window_s`` of steps where there are."""
-        raise NotImplementedError
+        return self._state.steps.samples_per_second(window_s)
 
     def energy_to_go_j(self) -> Quantity | None:
         """Energy in J of the steps that are left, if they go on as under the present setting."""
-        raise NotImplementedError
+        state = self._state
+        steps_left = self._steps_left()
+        if steps_left is None:
+            return None
+        session, relative = state.sessions.present, self._relative()
+        return energy_of_steps(steps_left, state.energy, state.steps, session, self._setting(), relative)
 
     def seconds_to_go(self) -> float | None:
         """Time in s of the steps that are left, if they go on as under the present setting."""
-        raise NotImplementedError
+        steps_left = self._steps_left()
+        each = seconds_per_step(self._state.steps, self._state.sessions.present, self._setting())
+        return None if steps_left is None or each is None else steps_left * each
 
     @property
     def seconds_by_use(self) -> dict[str, float]:
         """What the job's time was for, in s."""
-        raise NotImplementedError
+        return self._state.time.seconds_by_use()
 
     @property
     def not_measured(self) -> NotMeasured:
         """What is missing in the energy."""
-        raise NotImplementedError
+        session = self._state.sessions.present
+        total = self._tabulated().all
+        gaps, num_gaps = self._state.energy.all_gaps(session)
+        return NotMeasured(
+            component_seconds=total.unknown_us / 1e6,
+            fraction=total.unknown_us / total.expected_us if total.expected_us else 0.0,
+            num_gaps=num_gaps,
+            longest=as_figures(gaps),
+        )
 
     @property
     def shared_out_j(self) -> dict[str, float]:
         """By use, the J in it that a model gave it, not a reading."""
-        raise NotImplementedError
+        shared_out_mj = self._tabulated().shared_out_mj
+        return {use: energy_mj / 1e3 for use, energy_mj in sorted(shared_out_mj.items()) if energy_mj}
 
     @property
     def foreign_j(self) -> dict[str, float]:
         """J of cards while others ran on them too, by component."""
-        raise NotImplementedError
+        return {name: energy_mj / 1e3 for name, energy_mj in sorted(self._state.energy.foreign_mj.items())}
 
     @property
     def shared_machine_s(self) -> float:
         """Node-seconds in which only a share of the machine's cpu and dram was booked."""
-        raise NotImplementedError
+        return self._state.energy.shared_machine_us / 1e6
 
     # -- parts ------------------------------------------------------------------------------------------
 
     def settings(self) -> list[PartTally]:
         """What was measured under each setting; number 0: before the first of a session."""
-        raise NotImplementedError
+        return self._tallies("setting")
 
     def generations(self) -> list[PartTally]:
         """What was measured under each generation; number 0: before the first of a session."""
-        raise NotImplementedError
+        return self._tallies("generation")
 
     def nodes(self) -> list[NodeTally]:
         """The nodes that booked."""
-        raise NotImplementedError
+        by_node = self.energy_by("node")
+        return [
+            NodeTally(
+                node=node.name,
+                hostname=node.hostname,
+                num_gpus=node.num_gpus,
+                num_cores=node.num_cores,
+                components=node.components_ever(),
+                not_metered=tuple(node.not_metered),
+                energy=by_node.get(node.name),
+            )
+            for node in self._state.energy.nodes.values()
+        ]
 
     def devices(self) -> list[DeviceTally]:
         """How the cards did."""
-        raise NotImplementedError
+        return [device.tally() for device in self._state.devices.devices.values()]
 
     def series(self) -> Series:
         """The run over time."""
-        raise NotImplementedError
+        state = self._state
+        session = state.sessions.present
+        curves = copy.deepcopy(state.curves)
+        num_intervals, seconds = 0, 0.0
+        for node in state.energy.nodes.values():
+            draw_open_bin(node, session, curves)
+            num_intervals += node.num_intervals
+            seconds += node.interval_s
+        step_s = state.steps.pace_of_all.seconds_per_step or 0.0
+        interval_s = seconds / num_intervals if num_intervals else 0.0
+        # A quotient of energy and samples needs some intervals and steps in each bin.
+        coarse_s = max(3 * interval_s, 2 * step_s, session.at_s / _EFFICIENCY_BINS)
+        power_w, samples_per_second, samples_per_joule = curves.binned(session.at_s, coarse_s)
+        return Series(
+            power_w=power_w,
+            samples_per_second=samples_per_second,
+            samples_per_joule=samples_per_joule,
+            settings=tuple(state.events.settings),
+            loss=state.steps.losses(),
+            validation_loss=state.events.validation_losses(),
+            uses=state.time.use_bands(),
+        )
 
     # -- what happened ----------------------------------------------------------------------------------
 
     @property
     def decisions(self) -> list[DecisionRow]:
         """Decisions, one row each, with what later rows said of them; ``at_s`` on the run's axis."""
-        raise NotImplementedError
+        return list(self._state.events.decisions.values())
 
     @property
     def observations(self) -> list[ObservationRow]:
         """The newest 20 windows of the supervisor; ``at_s`` on the run's axis."""
-        raise NotImplementedError
+        return list(self._state.events.observations)
 
     @property
     def generation_rows(self) -> list[tuple[float, GenerationRow]]:
         """Generations that began or ended: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        return self._state.events.generations.rows()
 
     @property
     def changes(self) -> list[tuple[float, ChangeRow]]:
         """Changes and recoveries: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        return self._state.events.changes.rows()
 
     @property
     def checkpoints(self) -> list[tuple[float, CheckpointRow]]:
         """Checkpoints: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        return self._state.events.checkpoints.rows()
 
     @property
     def faults(self) -> list[tuple[float, FaultRow]]:
         """Faults: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        return self._state.events.faults.rows()
 
     @property
     def notes(self) -> list[tuple[float, NoteRow]]:
         """Notes: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        return self._state.events.notes.rows()
 
     @property
     def validations(self) -> list[tuple[float, ValidationRow]]:
         """Validations that count, one for each step: (at_s on the run's axis, row)."""
-        raise NotImplementedError
+        validations = self._state.events.validations
+        return [(validations[step].at_s, validations[step].row) for step in sorted(validations)]
 
     @property
     def row_counts(self) -> dict[str, int]:
-        """How many rows of each kind there were; lists above hold at most some hundred of a kind."""
-        raise NotImplementedError
+        """How many rows of each kind listed here there were; the lists hold at most some hundred each."""
+        return dict(self._state.events.counts)
 
     # -- keeping ----------------------------------------------------------------------------------------
 
     def to_state(self) -> bytes:
         """Everything, for :meth:`from_state`."""
-        raise NotImplementedError
+        return _ENCODER.encode(self._state)
 
     @classmethod
     def from_state(cls, state: bytes) -> Books:
@@ -293,4 +591,59 @@ class Books:
         Raises:
             ValueError: It is no state, or one of another version.
         """
-        raise NotImplementedError
+        try:
+            version = msgspec.msgpack.decode(state, type=_Version).version
+            if version != _STATE_VERSION:
+                raise ValueError(f"state of version {version}; this is version {_STATE_VERSION}")
+            kept = msgspec.msgpack.decode(state, type=_State)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"no state of books: {error}") from error
+        books = cls()
+        books._keep(kept)
+        return books
+
+    # -- how --------------------------------------------------------------------------------------------
+
+    def _tabulated(self) -> Totals:
+        """Sums of the energy, made once for each number of rows."""
+        num_rows = self._state.num_rows
+        if self._totals is None or self._totals[0] != num_rows:
+            self._totals = (num_rows, tabulate(self._state.energy, self._state.sessions.present))
+        return self._totals[1]
+
+    def _relative(self) -> float | None:
+        """How uncertain the energy is, as a fraction of it."""
+        total = self.energy()
+        if total is None or total.uncertainty is None or total.value <= 0.0:
+            return None
+        return total.uncertainty / total.value
+
+    def _tallies(self, kind: str) -> list[PartTally]:
+        state = self._state
+        return state.parts.tallies(kind, state.steps.kept, state.sessions.train_batch_size)
+
+    def _tokens_of_a_step(self) -> int | None:
+        sessions = self._state.sessions
+        if sessions.train_batch_size is None or sessions.sequence_length is None:
+            return None
+        return sessions.train_batch_size * sessions.sequence_length
+
+    def _setting(self) -> int | None:
+        """The setting in force; ``None``: this session did not say."""
+        setting, session = self._state.events.setting, self._state.sessions.present
+        return setting[1] if setting is not None and setting[0] == session.index else None
+
+    def _steps_left(self) -> int | None:
+        max_steps = self._state.sessions.max_steps
+        return None if max_steps is None else max(max_steps - self.step, 0)
+
+
+def _over(quantity: Quantity | None, divisor: int | None) -> Quantity | None:
+    return quantity.over(divisor) if quantity is not None and divisor else None
+
+
+def _name_of(row: object) -> str:
+    try:
+        return kind_of(row)  # type: ignore[arg-type]
+    except AttributeError:
+        return type(row).__name__
