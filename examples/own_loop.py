@@ -43,7 +43,8 @@ def train(session: TrainingSession, context: int = 8, width: int = 64) -> None:
     )
     for _ in session.steps():
         for rows in session.micro_batches(len(windows)):  # each sample once an epoch, whatever the workers
-            batch = windows[torch.from_numpy(rows)].to(session.device)
+            with session.loading():  # counted as waiting for input
+                batch = windows[torch.from_numpy(rows)].to(session.device)
             loss = engine(batch[:, :-1], batch[:, -1])
             engine.backward(loss)
             engine.step()

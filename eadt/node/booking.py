@@ -405,7 +405,9 @@ class NodeBooking:
             row.unknown_s[name] = round(seconds, 6)
             row.why_unknown[name] = end.why_unknown if end is not None else component.detail
             return
-        known_s = min(end.known_s - begin.known_s, seconds)
+        known_s = end.known_s - begin.known_s
+        if known_s - seconds > _UNKNOWN_S:
+            row.recovered_s[name] = round(known_s - seconds, 6)
         if seconds - known_s > _UNKNOWN_S:
             row.unknown_s[name] = round(seconds - known_s, 6)
             row.why_unknown[name] = end.why_unknown or "its energy was unknown for a time"

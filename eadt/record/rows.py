@@ -162,6 +162,13 @@ class EnergyRow(Row, tag="energy"):
         Meta(description="Seconds of the interval that are not in ``joules``, by component."),
     ] = {}
     why_unknown: Annotated[dict[str, str], Meta(description="Why, by component.")] = {}
+    recovered_s: Annotated[
+        dict[str, float],
+        Meta(
+            description="Seconds before the interval that ``joules`` covers too, by component: unknown then, "
+            "and told now by a counter that went on."
+        ),
+    ] = {}
     shared: Annotated[
         dict[str, float],
         Meta(description="Fractions of the joules of components whose use is ``use`` that a model, not a "

@@ -17,9 +17,12 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from eadt.clock import unix_s
+from eadt.clock import SYSTEM_CLOCK, unix_s
+from eadt.config import PowerConfig
 from eadt.control.setpoint import Setpoint
-from eadt.record.rows import ChangeRow, CheckpointRow, GenerationRow, RollbackRow
+from eadt.node.meter import Meter
+from eadt.node.sensors import detect_sources
+from eadt.record.rows import ChangeRow, CheckpointRow, EnergyRow, GenerationRow, NoteRow, RollbackRow
 from tests.integration.live_run import LiveRun, assert_equal_losses, tiny_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -175,3 +178,66 @@ def drain(cluster: Cluster, node_id: str) -> None:
     client: Any = GcsClient(address=cluster.address)
     accepted, why = client.drain_node(node_id, reason, "the test", int((unix_s() + 60) * 1000))
     assert accepted, why
+
+
+def test_two_runs_at_once_book_what_is_their_own_and_the_sum_is_the_meters(
+    two_nodes: Cluster, tmp_path: Path
+) -> None:
+    """Both runs have a host on each node. The nodes are one machine, so there is one CPU to book: in each run
+    one node books it, each run its part, and the parts add up to what a meter of the test's own reads."""
+    options: dict[str, Any] = {
+        "resources": {"training_cores_per_node": 1, "cpus_per_worker": 0.5},
+        "power": {
+            "source": "estimate",
+            "booking_interval": 1.0,
+            "estimate": {"idle_w": 10, "per_core_w": 10},
+        },
+    }
+    selection = detect_sources(PowerConfig.model_validate(options["power"]), SYSTEM_CLOCK)
+    meter = Meter(selection.sources)
+    meter.start()
+    with (
+        LiveRun(tiny_config(tmp_path / "one", **options)) as one,
+        LiveRun(tiny_config(tmp_path / "two", **options)) as two,
+    ):
+        for run in (one, two):
+            run.until_step(10)
+        begun = boundary(meter)
+        for run in (one, two):
+            run.until_step(run.step + 150)
+        ended = boundary(meter)
+        for run in (one, two):
+            run.until("its rows", lambda: last_booked_s(run) > ended[0])  # noqa: B023
+    meter.stop()
+    selection.close()
+    whole_j = ended[1] - begun[1]
+    parts_j = [joules_between(run, begun[0], ended[0]) for run in (one, two)]
+    assert sum(parts_j) == pytest.approx(whole_j, rel=0.05)
+    assert min(parts_j) > 0.3 * whole_j, "neither run is idle"
+    for run in (one, two):
+        rows = run.rows(EnergyRow)
+        assert {len(row.joules) for row in rows} == {1}, "the CPU, and nothing twice"
+        assert any(row.own_fraction is not None for row in rows)
+        assert "EADT-353" in [row.code for row in run.rows(NoteRow)]
+        assert run.result is not None
+        assert run.result.report.energy_j.not_measured.fraction < 0.02
+
+
+def boundary(meter: Meter) -> tuple[float, float]:
+    """A moment, and the CPU's energy until then; all processes of a machine share its monotonic clock."""
+    at_s, points = meter.cut()
+    return at_s, points["cpu"].energy_j
+
+
+def last_booked_s(run: LiveRun) -> float:
+    return max((row.t1 for row in run.rows(EnergyRow)), default=0.0)
+
+
+def joules_between(run: LiveRun, begun_s: float, ended_s: float) -> float:
+    """The run's energy in a stretch of the machine's time; rows that lie across its ends count in part."""
+    total_j = 0.0
+    for row in run.rows(EnergyRow):
+        inside_s = min(row.t1, ended_s) - max(row.t0, begun_s)
+        if inside_s > 0:
+            total_j += sum(joules or 0.0 for joules in row.joules) * inside_s / (row.t1 - row.t0)
+    return total_j

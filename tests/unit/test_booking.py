@@ -37,6 +37,7 @@ class SteadyMeter:
         self.watts = {component.name: 100.0 for component in components}
         self.watts["cpu"] = 20.0
         self.unknown: set[str] = set()
+        self.untold_s: dict[str, float] = {}
         self.quality: dict[str, Quality] = {}
         self._points = {c.name: Point(clock.monotonic_s(), 0.0, 0.0, c.quality, "") for c in components}
 
@@ -45,8 +46,10 @@ class SteadyMeter:
         for name, point in self._points.items():
             passed_s = now_s - point.at_s
             if name in self.unknown:
+                self.untold_s[name] = self.untold_s.get(name, 0.0) + passed_s
                 self._points[name] = replace(point, at_s=now_s, why_unknown="it hangs")
             else:
+                passed_s += self.untold_s.pop(name, 0.0)  # its counter went on
                 self._points[name] = Point(
                     now_s, point.energy_j + self.watts[name] * passed_s, point.known_s + passed_s,
                     self.quality.get(name, Quality.MEASURED if name != "cpu" else Quality.ESTIMATED), "",
@@ -272,7 +275,8 @@ def test_a_card_that_hangs_is_unknown_and_the_others_are_not() -> None:
     first, second = node.energy
     assert first.joules == [200.0, None, 1000.0]
     assert (first.unknown_s, first.why_unknown) == ({"gpu0": 10.0}, {"gpu0": "it hangs"})
-    assert second.joules[1] == 1000.0
+    assert second.joules[1] == 2000.0
+    assert (first.recovered_s, second.recovered_s) == ({}, {"gpu0": 10.0})
     assert second.qualities == {"gpu0": "stale"}
 
 
