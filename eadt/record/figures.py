@@ -121,7 +121,8 @@ class NodeTally:
         hostname: For people.
         num_gpus: GPUs of the machine.
         num_cores: CPU cores that training may use.
-        components: Per component that it ever booked: component, source, quality, detail.
+        components: Per component that it ever booked: component, source, quality, detail, resolution_s,
+            relative_uncertainty.
         not_metered: Why sources are not used, and the fix.
         energy: J; ``None``: nothing was measured.
     """

@@ -140,11 +140,11 @@ class NodeBook(msgspec.Struct):
         return self.begins.get(component, self.end_t)
 
     def components_ever(self) -> tuple[dict[str, Any], ...]:
-        """All that it ever booked, each once: component, source, quality, detail."""
+        """All that it ever booked, each once, with the fields of the same name in its row."""
         ever: list[dict[str, Any]] = []
         for components in self.layouts:
             for component in components:
-                names = ("component", "source", "quality", "detail")
+                names = ("component", "source", "quality", "detail", "resolution_s", "relative_uncertainty")
                 facts = {name: getattr(component, name) for name in names}
                 if facts not in ever:
                     ever.append(facts)
