@@ -192,7 +192,7 @@ class LedgerState(_Frozen):
     num_unusable: int = Field(description="Rows whose values make no sense, left out.")
     unusable: list[str] = Field(description="The first of them.")
     num_by_kind: dict[str, int] = Field(
-        description="Rows that were read, by kind; lists above hold some hundred of a kind at most."
+        description="Rows of the kinds that are listed above one by one; of a kind at most some hundred are."
     )
     num_dropped: int = Field(description="Rows that were delivered twice; each is counted once.")
 

@@ -36,6 +36,7 @@ from eadt.record.rows import (
 from eadt.testing.clock import FakeClock
 
 START_UNIX_S = 1_750_000_000.0
+GAP_S = (84.0, 90.0)  # in which a card of the other node did not answer
 NODE, OTHER = "synthetic-node-a", "synthetic-node-b"
 
 SIMULATED = {"source": "simulated", "quality": "simulated", "resolution_s": 0.1, "relative_uncertainty": 0.05}
@@ -156,6 +157,8 @@ def training(num_steps: int = 10, *, step_s: float = 1.0, watts: float = 30.0) -
     rows.energy(0.0, 5.0, 5.0 * watts, use="startup")
     rows.time(0.0, 5.0, "startup")
     rows.generation(5.0, setpoint=setpoint(1, 100), world_size=1, num_devices=1)
+    if not num_steps:
+        return rows
     end_s = 5.0 + num_steps * step_s
     rows.energy(5.0, end_s, num_steps * step_s * watts, generation=1, setting=1)
     rows.steps(
@@ -188,6 +191,7 @@ class _Pretended:
         self.rng = random.Random(seed)
         self.rows = Rows()
         self.step = 0
+        self.generation = 0
         self.t = 0.0
 
     def book(self, until_s: float, use: str, number: int, **columns: Any) -> None:
@@ -195,10 +199,10 @@ class _Pretended:
         gpu_w = self.PLAN[number - 1][4] if number else 70.0
         if use in ("change", "checkpoint", "idle"):
             gpu_w = 90.0
-        place = {"generation": number, "setting": number, "step": self.step}
-        self.rows.time(self.t, until_s, use, **place)
+        place = {"generation": self.generation, "setting": number, "step": self.step}
+        self.rows.time(self.t, until_s, use, shared=columns.get("shared", {}), **place)
         while self.t < until_s - 1e-9:
-            t1 = min(until_s, self.t + 5.0)
+            t1 = min([until_s, self.t + 5.0, *(at_s for at_s in GAP_S if at_s > self.t)])
             length_s = t1 - self.t
             for node in (NODE, OTHER):
                 cpu_j = length_s * 34.0 * self.rng.uniform(0.9, 1.1)
@@ -206,7 +210,7 @@ class _Pretended:
                 extra = dict(columns)
                 if node == OTHER:
                     extra["own_fraction"] = 0.5
-                    if 84.0 <= self.t < 90.0:
+                    if GAP_S[0] <= self.t < GAP_S[1]:
                         gpu_j = None
                         extra |= {
                             "unknown_s": {"gpu0": length_s},
@@ -218,32 +222,35 @@ class _Pretended:
                 self.rows.energy(self.t, t1, *joules, use=use, node=node, **place, **extra)
             self.t = t1
 
-    def train(self, until_s: float, number: int, num_steps: int | None = None) -> None:
-        """Steps up to ``until_s``, or ``num_steps`` of them."""
+    def train(self, until_s: float, number: int, num_steps: int = 1000) -> None:
+        """Steps up to ``until_s``, or ``num_steps`` of them, booked four by four."""
         step_s = self.PLAN[number - 1][3]
-        first, begun, lengths, losses = self.step + 1, [], [], []
-        t = self.t
-        while t < until_s - step_s and (num_steps is None or len(begun) < num_steps):
-            length_s = round(step_s * self.rng.uniform(0.95, 1.08), 4)
-            step = first + len(begun)
-            losses.append(1.4 + 4.2 * math.exp(-step / 70) + self.rng.uniform(-0.08, 0.08))
-            begun.append(round(t, 4))
-            lengths.append(length_s)
-            t += length_s
-        self.rows.steps(
-            first, begun, lengths, loss=losses, samples=16, generation=number, setting=number,
-            input_s=[0.02 * length_s for length_s in lengths],
-        )  # fmt: skip
         ahead = {"shared_cpu": {"change": 0.2}} if number == 1 else {}
-        self.book(t, "useful", number, shared={"input": 0.02}, **ahead)
-        self.step += len(begun)
+        while num_steps and self.t < until_s - step_s:
+            begun, lengths, losses = [], [], []
+            t = self.t
+            while len(begun) < min(4, num_steps) and t < until_s - step_s:
+                length_s = round(step_s * self.rng.uniform(0.95, 1.08), 4)
+                step = self.step + len(begun) + 1
+                losses.append(1.4 + 4.2 * math.exp(-step / 70) + self.rng.uniform(-0.08, 0.08))
+                begun.append(round(t, 4))
+                lengths.append(length_s)
+                t += length_s
+            self.rows.steps(
+                self.step + 1, begun, lengths, loss=losses, samples=16, generation=self.generation,
+                setting=number, input_s=[0.02 * length_s for length_s in lengths],
+            )  # fmt: skip
+            self.book(t, "useful", number, shared={"input": 0.02}, **ahead)
+            self.step += len(begun)
+            num_steps -= len(begun)
 
     def begin_generation(self, number: int) -> None:
+        """Of a setting, the first or, after a fault, the next."""
+        self.generation += 1
         workers, share = self.PLAN[number - 1][1:3]
         self.rows.generation(
-            self.t, number, number, setpoint=setpoint(workers, share), world_size=workers, micro_batch=4,
-            accumulation=4 // workers, step=self.step, num_devices=2,
-            reason="decision" if number > 1 else "start",
+            self.t, self.generation, number, setpoint=setpoint(workers, share), world_size=workers,
+            micro_batch=4, accumulation=4 // workers, step=self.step, num_devices=2,
         )  # fmt: skip
 
     def decide(self, number: int) -> None:
@@ -263,8 +270,8 @@ class _Pretended:
 
     def change(self, number: int) -> None:
         """From one generation to the next: 0.4 s."""
-        before, after = self.PLAN[number - 2], self.PLAN[number - 1][1:3]
-        self.rows.generation(self.t, number - 1, number - 1, event="ended", reason="change", step=self.step)
+        before, after = self.PLAN[number - 2], self.PLAN[number - 1]
+        self.rows.generation(self.t, self.generation, number - 1, event="ended", step=self.step)
         began_s = self.t
         self.book(self.t + 0.4, "change", number - 1)
         self.rows.add(
@@ -307,7 +314,7 @@ class _Pretended:
 
     def validate(self, loss: float, number: int) -> None:
         self.book(self.t + 1.1, "validation", number)
-        self.rows.add(ValidationRow(step=self.step, loss=loss, generation=number, at_s=self.t))
+        self.rows.add(ValidationRow(step=self.step, loss=loss, generation=self.generation, at_s=self.t))
 
     def fail(self, number: int) -> None:
         """An engine dies, four steps are undone, and the same setting goes on."""
@@ -316,7 +323,9 @@ class _Pretended:
         )
         self.step -= 4
         self.rows.add(
-            RollbackRow(generation=number, resumed_step=self.step, at_s=self.t, reason="synthetic fault")
+            RollbackRow(
+                generation=self.generation, resumed_step=self.step, at_s=self.t, reason="synthetic fault"
+            )
         )
         self.book(self.t + 3.0, "change", number)
         same = setpoint(*self.PLAN[number - 1][1:3])
@@ -327,6 +336,7 @@ class _Pretended:
                 reason="an engine died",
             )
         )  # fmt: skip
+        self.begin_generation(number)
 
     def watch_cards(self) -> None:
         for minute in range(3):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from eadt.clock import Clock
 from eadt.errors import ConfigError, EnvironmentFailure
+from eadt.record.figures import Binned
 from eadt.record.ledger import open_books
 from eadt.record.rows import (
     USES,
@@ -314,15 +316,50 @@ def test_the_plotted_power_integrates_to_the_energy(report: Report) -> None:
     assert cpu_j == pytest.approx(report.energy_j.by_component["cpu"].value, rel=0.02)
 
 
-def test_what_a_node_did_not_measure_is_a_hole_in_the_plot(report: Report) -> None:
-    power = report.series.power_w
-    in_gap = [place for place in range(len(power.values["gpu0"])) if 85 < (place + 0.5) * power.bin_s < 89]
-    assert in_gap
-    assert all(power.values["gpu0"][place] is None for place in in_gap)
-    assert all(power.values["cpu"][place] is not None for place in in_gap)
+def test_what_was_not_measured_is_shaded_in_the_plot(report: Report) -> None:
     html = render_html(report)
     assert html.count('class="gap"') == 1
     assert f"gpu0 on {OTHER}: the card did not answer" in html
+
+
+def test_what_was_not_measured_is_a_hole_in_the_line(tmp_path: Path) -> None:
+    rows = training(10)
+    rows.energy(15.0, 25.0, None, use="idle", why_unknown={"cpu": "nothing answered"})
+    rows.energy(25.0, 35.0, 300.0, use="idle")
+    report = build_report(rows.write(tmp_path), LONG_AFTER)
+    power = report.series.power_w
+    in_gap = [place for place in range(len(power.values["cpu"])) if 16 < (place + 0.5) * power.bin_s < 24]
+    assert in_gap
+    assert all(power.values["cpu"][place] is None for place in in_gap)
+    (line,) = re.findall(r'class="line c-1" d="([^"]*)"', render_html(report).split("Throughput")[0])
+    assert line.count("M") == 2
+
+
+def test_many_cards_share_an_entry_of_the_legend_and_the_worst_are_said(report: Report) -> None:
+    power = report.series.power_w
+    cards = {f"gpu{number}": power.values["gpu0"] for number in range(8)}
+    values = {"cpu": power.values["cpu"], **cards, "total": power.values["total"]}
+    series = replace(report.series, power_w=Binned(power.bin_s, values))
+    (slowed, _) = report.devices
+    devices = [
+        replace(slowed, component=f"gpu{number}", throttled={"heat": 0.1 + number / 100})
+        for number in range(30)
+    ]
+    html = render_html(report.model_copy(update={"series": series, "devices": devices}))
+    assert html.count("gpu0 to gpu7") == 1
+    assert html.count('class="line c-2" d="M') >= 8
+    sentences = re.findall(r"<li>(\S+) on \S+ was slowed", html)
+    assert sentences == [f"gpu{number}" for number in range(29, 21, -1)]
+    assert "so were 22 more cards" in html
+    assert "<summary>30 cards</summary>" in html
+
+
+def test_what_the_report_has_no_room_for_is_said(report: Report) -> None:
+    counts = {**report.ledger.num_by_kind, "note": 1200, "checkpoint": 2}
+    ledger = report.ledger.model_copy(update={"num_by_kind": counts})
+    text = text_of(report.model_copy(update={"ledger": ledger}))
+    assert "Notes: 1 199 more are in the ledger." in text
+    assert "more are in the ledger" not in text_of(report)
 
 
 # -- Markdown and files -------------------------------------------------------------------------------------
