@@ -142,15 +142,16 @@ it booked. To add them up:
 2. **Once only.** A row that begins more than 1 ms before the end of that node's last row that counted, with
    the same session and `boot_id`, was delivered twice: leave it out.
 3. **Whole numbers.** Take every value in thousandths of a joule, rounded to a whole number. Sums are then
-   exact in any order.
+   exact in any order. A value that is null, negative or above 10^12 J is unknown, and so is every value of
+   a component whose quality is null.
 4. **Quality** of a component: `qualities[component]`, or else that of the `node` row: `measured`,
    `estimated`, `simulated`, or `stale` (went on as last seen while the sensor did not answer).
 5. **Use** of a component: `uses[component]`, or else the row's `use`.
 6. **Shared out.** Of each component whose use is the row's `use`, every other use `u` in `shared` is given
    `shared[u]` of the joules; of `cpu` and `dram`, every `u` in `shared_cpu` is given `shared_cpu[u]` of the
-   joules on top. Each part is rounded to a whole thousandth (a half to the even one), and is at most what
-   is left; the use itself keeps the rest, so that the parts are the whole. This is a model's doing, not a
-   reading's: reports say how much of a use it is.
+   joules on top. In the order of the row, each part is rounded to a whole thousandth (a half to the even
+   one), and is at most what is left; the use itself keeps the rest, so that the parts are the whole. This
+   is a model's doing, not a reading's: reports say how much of a use it is.
 7. **Lost.** After all of this, energy whose use is `useful`, `validation` or `input` is `lost` if what it
    was for was undone:
    - A [`rollback`](#rollback) row with generation `g` and `resumed_step` `R` undoes rows of its session
@@ -170,21 +171,26 @@ time, and `own_fraction` says which fraction that was: nothing is left to do for
 cards on which other programs ran too: all of such a card's joules are in the row, since a card has one
 meter.
 
-**What is not measured.** `unknown_s` holds the seconds of an interval that are not in `joules`, by
-component, and `why_unknown` the reason; a component without a source has null joules and all of its seconds
-unknown. Where two rows of a node follow each other with a hole between them (the same `boot_id` and
-component, no `node` row between them), the hole is unknown time too: "no row". If the unknown seconds are
-more than 0.1 % of the component's seconds, a figure that they belong to is *at least* what it says; so is
-everything divided by it.
+**What is not measured.** Time of a component of which no energy is known, in component-seconds:
+
+- `unknown_s`, by component: the seconds of an interval that are not in `joules`; `why_unknown` says why. Of
+  a null in `joules` it is the whole interval.
+- Holes, "no row": from a `node` row's `monotonic_s` to the node's first `energy` row; between the end of
+  one row and the begin of the next, where that is more than 1 ms; to the end of the session, if more than 5
+  s are missing there (as long as it goes on: 60 s). A hole belongs to the uses before and after it.
+
+If the unknown time of what a figure is made of is more than 0.1 % of all its component-time, the figure is
+*at least* what it says; so is everything divided by it.
 
 **Uncertainty** (the ± of reports) is the half-width of what the sources state:
 
-- Of each component, `relative_uncertainty` times its joules: added up as they are for one component of one
-  node (its error is the same all the time), as a root of squares over different components and nodes. If it
-  is null where there are joules, the uncertainty of the sum is not known.
+- Of each component, `relative_uncertainty` times its joules: added up as they are for one piece of hardware
+  (`component` and `identity`: its error is the same all the time), as the root of the sum of squares over
+  different ones. If it is null where there are joules, the uncertainty of the sum is not known.
 - Of a use, moreover: where a component's use is another than in its row before, the border between the two
   is only known to `resolution_s`. The square of the row's mean power times that time is added to the
-  squares of both uses. What was shared out is as uncertain as it is large. Neither touches a total.
+  squares of both uses. What was shared out is as uncertain as it is large, for the use that gave and for
+  the one that got: its sum is squared and added. Neither touches a total.
 
 ## Steps and samples
 
@@ -196,7 +202,7 @@ everything divided by it.
   lost steps, and their samples lost samples.
 - If numbers between steps that count are missing, a crash took their rows: a later number proves that they
   were done. They count with `train_batch_size` samples each (times `sequence_length` for tokens); their
-  loss is unknown. So do numbers up to the `step` of rows that tell of steps already done.
+  loss is unknown. So do numbers up to the `resumed_step` of a `session` or `rollback` row.
 - *Joules per sample* is all energy over the samples that count, *per token* likewise; *useful joules per
   sample* is the energy whose use is `useful` over the same samples. If a step that counts does not say its
   samples, they are unknown.
@@ -206,6 +212,17 @@ everything divided by it.
 A [`time`](#time) row is a stretch of session time of the whole job, with the use that rank 0's node had
 then. Sum the lengths (in whole millionths of a second, ends and begins rounded first); `shared` and *lost*
 are as for energy. This is not node time: eight nodes that train for an hour are one hour of `useful`.
+
+## Other figures
+
+- *Mean power*: all energy over the seconds of the run's axis up to the last reading; unknown where more
+  than 5 % of the component-time is.
+- *Power now*: the sum over the nodes that book, each its mean over its newest rows, of at least 1 s.
+- *Samples per second now*: samples over seconds of the newest steps, at least 30 s of them, of the present
+  setting (of all, while it has done fewer than 3 steps).
+- *Time to go*: the steps that are left, times the mean time from the end of a step to the end of the next
+  under the present setting, without the pauses between generations. *Energy to go*: that time, times the
+  mean power under this setting of the rows whose use is `useful`, `validation`, `input` or `checkpoint`.
 
 ## Decisions
 
