@@ -6,24 +6,20 @@ devices. ``docs/ledger.md`` states the rules that the books follow.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from eadt.record.books.curves import Curves
+from eadt.record.books.common import Common
 from eadt.record.books.devices import DeviceBook
-from eadt.record.books.energy import EnergyBook, draw_open_bin
+from eadt.record.books.energy import EnergyBook
 from eadt.record.books.events import EventBook
 from eadt.record.books.gaps import as_figures
 from eadt.record.books.job_time import TimeBook
 from eadt.record.books.outlook import energy_of_steps, recent_power_w, seconds_per_step
-from eadt.record.books.parts import Parts
-from eadt.record.books.sessions import SessionBook
 from eadt.record.books.steps import StepBook, total_of
 from eadt.record.books.totals import ATTRIBUTES, Totals, tabulate
-from eadt.record.books.undo import note_saved_step
 from eadt.record.books.unusable import Unusable, check_numbers
 from eadt.record.figures import (
     DeviceTally,
@@ -71,13 +67,10 @@ class _State(msgspec.Struct):
     num_dropped: int = 0
     num_unusable: int = 0
     unusable: list[str] = []
-    saved_steps: list[int] = []
-    sessions: SessionBook = msgspec.field(default_factory=SessionBook)
+    common: Common = msgspec.field(default_factory=Common)
     energy: EnergyBook = msgspec.field(default_factory=EnergyBook)
     steps: StepBook = msgspec.field(default_factory=StepBook)
     time: TimeBook = msgspec.field(default_factory=TimeBook)
-    parts: Parts = msgspec.field(default_factory=Parts)
-    curves: Curves = msgspec.field(default_factory=Curves)
     devices: DeviceBook = msgspec.field(default_factory=DeviceBook)
     events: EventBook = msgspec.field(default_factory=EventBook)
 
@@ -137,42 +130,33 @@ class Books:
                 why = str(error) if isinstance(error, Unusable) else repr(error)
                 state.unusable.append(f"{_name_of(row)} {getattr(row, 'seq', 0)}: {why}")
         if type(row) is not LedgerRow:  # it comes before the row of the session that its file begins with
-            state.sessions.hear(getattr(row, "unix_s", 0.0))
+            state.common.sessions.hear(getattr(row, "unix_s", 0.0))
 
     # -- rows -------------------------------------------------------------------------------------------
 
     def _add_energy(self, row: EnergyRow) -> bool:
         state = self._state
-        session = state.sessions.present
-        session.has_content = True
-        return state.energy.add(row, session, state.saved_steps, state.parts, state.curves)
+        state.common.sessions.present.has_content = True
+        return state.energy.add(row, state.common)
 
     def _add_steps(self, row: StepsRow) -> bool:
         state = self._state
-        session = state.sessions.present
+        session = state.common.session
         session.has_content = True
-        if not row.t0:
-            raise Unusable("no steps in it")
         node = state.energy.nodes.get(row.node)
-        if node is not None and node.session == session.index:
-            to_session_s = node.to_session_s
-        else:  # of a node that told no moment in both times: they end now
-            to_session_s = session.seconds - (row.t0[-1] + (row.seconds[-1] if row.seconds else 0.0))
-        return state.steps.add(row, session, to_session_s, state.curves)
+        is_here = node is not None and node.session == session.index
+        return state.steps.add(row, node.to_session_s if node and is_here else None, state.common)
 
     def _add_time(self, row: TimeRow) -> bool:
         state = self._state
-        session = state.sessions.present
-        session.has_content = True
-        state.time.add(row, session, state.saved_steps, state.parts)
-        state.curves.widen(session.at_s)
+        state.common.session.has_content = True
+        state.time.add(row, state.common)
         return True
 
     def _add_node(self, row: NodeRow) -> bool:
         state = self._state
-        session = state.sessions.present
-        session.has_content = True
-        if state.energy.meet(row, session, state.saved_steps, state.curves):
+        state.common.session.has_content = True
+        if state.energy.meet(row, state.common):
             state.devices.begin_time_anew(row.node)
         return True
 
@@ -182,92 +166,89 @@ class Books:
     def _add_session(self, row: SessionRow) -> bool:
         state = self._state
         check_numbers(row.resumed_step)
-        before = state.sessions.present
-        if state.sessions.begin(row):
-            state.energy.end_session(before, state.curves)
+        sessions = state.common.sessions
+        if sessions.has_begun:
+            state.energy.end_session(state.common)
             state.devices.begin_time_anew()
-            state.steps.prove(row.resumed_step, before.index)
-            self._undo(before.index + 1, -1, row.resumed_step)
+            state.steps.prove(row.resumed_step, sessions.present.index)
+            sessions.begin(row)
+            self._undo(sessions.present.index, -1, row.resumed_step)
         else:
+            sessions.begin(row)
             state.steps.base = row.resumed_step
-        note_saved_step(state.saved_steps, row.resumed_step)
+        state.common.save_step(row.resumed_step)
         return True
 
     def _add_end(self, row: EndRow) -> bool:
-        self._see(row.at_s)
-        self._state.sessions.end(row)
+        self._state.common.see(row.at_s)
+        self._state.common.sessions.end(row)
         return True
 
     def _add_rollback(self, row: RollbackRow) -> bool:
         state = self._state
         check_numbers(row.generation, row.resumed_step)
-        self._see(row.at_s)
-        session = state.sessions.present
+        state.common.see(row.at_s)
+        session = state.common.session
         session.limits.undo(row.generation, row.resumed_step)
         state.steps.num_rollbacks += 1
         self._undo(session.index, row.generation, row.resumed_step)
         state.steps.prove(row.resumed_step, session.index, row.generation)
-        note_saved_step(state.saved_steps, row.resumed_step)
+        state.common.save_step(row.resumed_step)
         return True
 
     def _undo(self, session: int, generation: int, resumed_step: int) -> None:
         """What was done beyond a step, by these generations and in sessions before, is void."""
         state = self._state
-        state.energy.undo(session, generation, resumed_step, state.parts)
+        state.energy.undo(session, generation, resumed_step, state.common)
         state.time.undo(session, generation, resumed_step)
-        state.steps.undo(session, generation, resumed_step, state.curves)
+        state.steps.undo(session, generation, resumed_step, state.common.curves)
         state.events.undo(session, generation, resumed_step)
-
-    def _see(self, at_s: float | None) -> None:
-        state = self._state
-        state.sessions.present.see(at_s)
-        state.curves.widen(state.sessions.present.at_s)
 
     def _add_generation(self, row: GenerationRow) -> bool:
         check_numbers(row.generation, row.setting)
-        self._see(row.at_s)
-        session = self._state.sessions.present
+        self._state.common.see(row.at_s)
+        session = self._state.common.session
         session.has_content = True
-        self._state.parts.note(row, session.index)
+        self._state.common.parts.note(row, session.index)
         self._state.events.add_generation(row, session)
         return self._count(row)
 
     def _add_checkpoint(self, row: CheckpointRow) -> bool:
         check_numbers(row.step)
-        self._see(row.at_s)
-        note_saved_step(self._state.saved_steps, row.step)
-        self._state.events.checkpoints.add(self._state.sessions.present.place_s(row.at_s), row)
+        self._state.common.see(row.at_s)
+        self._state.common.save_step(row.step)
+        self._state.events.checkpoints.add(self._state.common.session.place_s(row.at_s), row)
         return self._count(row)
 
     def _add_validation(self, row: ValidationRow) -> bool:
         check_numbers(row.step, row.generation)
-        self._see(row.at_s)
-        self._state.events.add_validation(row, self._state.sessions.present)
+        self._state.common.see(row.at_s)
+        self._state.events.add_validation(row, self._state.common.session)
         return self._count(row)
 
     def _add_decision(self, row: DecisionRow) -> bool:
-        self._see(row.at_s)
-        self._state.events.add_decision(row, self._state.sessions.present)
+        self._state.common.see(row.at_s)
+        self._state.events.add_decision(row, self._state.common.session)
         return self._count(row)
 
     def _add_observation(self, row: ObservationRow) -> bool:
-        self._see(row.at_s)
-        self._state.events.add_observation(row, self._state.sessions.present)
+        self._state.common.see(row.at_s)
+        self._state.events.add_observation(row, self._state.common.session)
         return self._count(row)
 
     def _add_change(self, row: ChangeRow) -> bool:
-        self._see(row.at_s)
-        self._state.events.changes.add(self._state.sessions.present.place_s(row.at_s), row)
+        self._state.common.see(row.at_s)
+        self._state.events.changes.add(self._state.common.session.place_s(row.at_s), row)
         return self._count(row)
 
     def _add_fault(self, row: FaultRow) -> bool:
-        self._see(row.at_s)
-        self._state.events.faults.add(self._state.sessions.present.place_s(row.at_s), row)
+        self._state.common.see(row.at_s)
+        self._state.events.faults.add(self._state.common.session.place_s(row.at_s), row)
         return self._count(row)
 
     def _add_note(self, row: NoteRow) -> bool:
-        self._see(row.at_s)
-        self._state.events.notes.add(self._state.sessions.present.place_s(row.at_s), row)
+        self._state.common.see(row.at_s)
+        self._state.events.notes.add(self._state.common.session.place_s(row.at_s), row)
         return self._count(row)
 
     def _count(self, row: AnyRow) -> bool:
@@ -281,17 +262,17 @@ class Books:
     @property
     def run(self) -> RunFacts:
         """Which run this is."""
-        return self._state.sessions.run()
+        return self._state.common.sessions.run()
 
     @property
     def sessions(self) -> list[SessionTally]:
         """Its sessions, in their order."""
-        return self._state.sessions.tallies()
+        return self._state.common.sessions.tallies()
 
     @property
     def at_s(self) -> float:
         """Now: the newest moment of which a row told, on the run's axis, in s."""
-        return self._state.sessions.present.at_s
+        return self._state.common.session.at_s
 
     @property
     def num_rows(self) -> int:
@@ -361,7 +342,7 @@ class Books:
     @property
     def samples(self) -> int | None:
         """Samples of steps that count; ``None``: a step did not say."""
-        return total_of(self._state.steps.kept, "samples", self._state.sessions.train_batch_size)
+        return total_of(self._state.steps.kept, "samples", self._state.common.sessions.train_batch_size)
 
     @property
     def tokens(self) -> int | None:
@@ -371,7 +352,7 @@ class Books:
     @property
     def lost_samples(self) -> int | None:
         """Samples of steps that were undone; ``None``: a step did not say."""
-        return total_of(self._state.steps.lost, "samples", self._state.sessions.train_batch_size)
+        return total_of(self._state.steps.lost, "samples", self._state.common.sessions.train_batch_size)
 
     # -- energy -----------------------------------------------------------------------------------------
 
@@ -409,7 +390,7 @@ class Books:
 
     def mean_power_w(self) -> Quantity | None:
         """Mean power in W over the run; ``None`` where more than 5 % was not measured."""
-        session = self._state.sessions.present
+        session = self._state.common.session
         total = self._tabulated().all
         seconds = session.offset_s + session.metered_s
         if not total.is_known or seconds <= 0.0:
@@ -420,7 +401,7 @@ class Books:
 
     def recent_power_w(self) -> Quantity | None:
         """Power in W of all nodes that book now, each over its newest intervals of at least 1 s."""
-        return recent_power_w(self._state.energy, self._state.sessions.present, self._relative())
+        return recent_power_w(self._state.energy, self._state.common.session, self._relative())
 
     def recent_samples_per_second(self, window_s: float = 30.0) -> float | None:
         """Samples per second of the newest steps, over at least ``window_s`` of steps where there are."""
@@ -432,13 +413,14 @@ class Books:
         steps_left = self._steps_left()
         if steps_left is None:
             return None
-        session, relative = state.sessions.present, self._relative()
+        self._sum_up()
+        session, relative = state.common.session, self._relative()
         return energy_of_steps(steps_left, state.energy, state.steps, session, self._setting(), relative)
 
     def seconds_to_go(self) -> float | None:
         """Time in s of the steps that are left, if they go on as under the present setting."""
         steps_left = self._steps_left()
-        each = seconds_per_step(self._state.steps, self._state.sessions.present, self._setting())
+        each = seconds_per_step(self._state.steps, self._state.common.session, self._setting())
         return None if steps_left is None or each is None else steps_left * each
 
     @property
@@ -449,7 +431,7 @@ class Books:
     @property
     def not_measured(self) -> NotMeasured:
         """What is missing in the energy."""
-        session = self._state.sessions.present
+        session = self._state.common.session
         total = self._tabulated().all
         gaps, num_gaps = self._state.energy.all_gaps(session)
         return NotMeasured(
@@ -508,18 +490,15 @@ class Books:
     def series(self) -> Series:
         """The run over time."""
         state = self._state
-        session = state.sessions.present
-        curves = copy.deepcopy(state.curves)
-        num_intervals, seconds = 0, 0.0
-        for node in state.energy.nodes.values():
-            draw_open_bin(node, session, curves)
-            num_intervals += node.num_intervals
-            seconds += node.interval_s
+        session = state.common.session
+        self._sum_up()
+        nodes = state.energy.nodes.values()
+        num_intervals = sum(node.num_intervals for node in nodes)
+        interval_s = sum(node.interval_us for node in nodes) / 1e6 / max(num_intervals, 1)
         step_s = state.steps.pace_of_all.seconds_per_step or 0.0
-        interval_s = seconds / num_intervals if num_intervals else 0.0
         # A quotient of energy and samples needs some intervals and steps in each bin.
         coarse_s = max(3 * interval_s, 2 * step_s, session.at_s / _EFFICIENCY_BINS)
-        power_w, samples_per_second, samples_per_joule = curves.binned(session.at_s, coarse_s)
+        power_w, samples_per_second, samples_per_joule = state.common.curves.binned(session.at_s, coarse_s)
         return Series(
             power_w=power_w,
             samples_per_second=samples_per_second,
@@ -608,8 +587,12 @@ class Books:
         """Sums of the energy, made once for each number of rows."""
         num_rows = self._state.num_rows
         if self._totals is None or self._totals[0] != num_rows:
-            self._totals = (num_rows, tabulate(self._state.energy, self._state.sessions.present))
+            self._sum_up()
+            self._totals = (num_rows, tabulate(self._state.energy, self._state.common.session))
         return self._totals[1]
+
+    def _sum_up(self) -> None:
+        self._state.energy.sum_up(self._state.common)
 
     def _relative(self) -> float | None:
         """How uncertain the energy is, as a fraction of it."""
@@ -619,22 +602,23 @@ class Books:
         return total.uncertainty / total.value
 
     def _tallies(self, kind: str) -> list[PartTally]:
+        self._sum_up()
         state = self._state
-        return state.parts.tallies(kind, state.steps.kept, state.sessions.train_batch_size)
+        return state.common.parts.tallies(kind, state.steps.kept, state.common.sessions.train_batch_size)
 
     def _tokens_of_a_step(self) -> int | None:
-        sessions = self._state.sessions
+        sessions = self._state.common.sessions
         if sessions.train_batch_size is None or sessions.sequence_length is None:
             return None
         return sessions.train_batch_size * sessions.sequence_length
 
     def _setting(self) -> int | None:
         """The setting in force; ``None``: this session did not say."""
-        setting, session = self._state.events.setting, self._state.sessions.present
+        setting, session = self._state.events.setting, self._state.common.session
         return setting[1] if setting is not None and setting[0] == session.index else None
 
     def _steps_left(self) -> int | None:
-        max_steps = self._state.sessions.max_steps
+        max_steps = self._state.common.sessions.max_steps
         return None if max_steps is None else max(max_steps - self.step, 0)
 
 

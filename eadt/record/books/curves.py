@@ -77,17 +77,13 @@ class Curves(msgspec.Struct):
             for number, place in enumerate(range(first, last + 1))
         ]
 
-    def add_power(
-        self, component: str, place: int, energy_mj: float, expected_us: float, unknown_us: float
-    ) -> None:
-        """Book a component's energy and time into a bin."""
+    def column(self, component: str) -> PowerColumn:
+        """One component's."""
         column = self.power.get(component)
         if column is None:
             column = PowerColumn([0.0] * MAX_BINS, [0.0] * MAX_BINS, [0.0] * MAX_BINS)
             self.power[component] = column
-        column.energy_mj[place] += energy_mj
-        column.expected_us[place] += expected_us
-        column.unknown_us[place] += unknown_us
+        return column
 
     def add_samples(self, from_s: float, to_s: float, samples: float) -> None:
         """Book the samples of a step, or of some in one bin."""

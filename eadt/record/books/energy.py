@@ -6,25 +6,27 @@ missing, and booking the rest. Figures are made of it by :mod:`eadt.record.books
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from operator import add, sub
 
 import msgspec
 
 from eadt.record.books.amounts import MAX_MJ, whole_mj
+from eadt.record.books.common import Common
 from eadt.record.books.curves import Curves
 from eadt.record.books.gaps import NO_ROW, TOUCHING_S, ClosedGap, GapBook
 from eadt.record.books.nodes import (
     NOT_READ,
     NOTHING_MEASURES_IT,
     Account,
+    Interval,
     NodeBook,
-    Recent,
+    OpenPage,
     unknown_us_of,
 )
-from eadt.record.books.parts import Parts
 from eadt.record.books.sessions import MAX_SESSION_S, Session
-from eadt.record.books.undo import NO_SETTING, Stretch, Undone
+from eadt.record.books.undo import NO_SETTING, Page, Undone, added_up
 from eadt.record.books.unusable import Unusable, check_interval, check_numbers
 from eadt.record.rows import UNDOABLE, EnergyRow, MeteredComponent, NodeRow
 
@@ -43,12 +45,14 @@ NEW_ORIGIN_S = 60.0
 MAX_STRETCHES_EACH = 2048
 _MAX_STRETCHES = 32768
 _MIN_STRETCHES_EACH = 16
-_RECENT_US = 1_000_000
-_MAX_RECENT = 64
+_MAX_PAGE = 64
 
 
 class EnergyBook(msgspec.Struct):
     """All nodes' energy.
+
+    A node's rows that are alike are written on one page, and added up when another page begins or somebody
+    asks (:meth:`sum_up`).
 
     Attributes:
         nodes: By Ray's id.
@@ -74,7 +78,7 @@ class EnergyBook(msgspec.Struct):
 
     # -- rows -------------------------------------------------------------------------------------------
 
-    def meet(self, row: NodeRow, session: Session, saved_steps: list[int], curves: Curves) -> bool:
+    def meet(self, row: NodeRow, common: Common) -> bool:
         """A node began to book, or books other components from now on.
 
         Returns:
@@ -86,14 +90,14 @@ class EnergyBook(msgspec.Struct):
         names = [component.component for component in row.components]
         if len(set(names)) < len(names):
             raise Unusable("a component twice")
-        if not abs(row.monotonic_s) < MAX_SESSION_S * 10:
+        if not abs(row.monotonic_s) < MAX_SESSION_S:
             raise Unusable("no moment in it")
-        session.see(row.at_s)
-        curves.widen(session.at_s)
+        common.see(row.at_s)
+        session = common.session
         node = self.nodes.get(row.node)
         if node is None:
-            node = self._take_in(row.node, saved_steps)
-        self._draw_bin(node, session, curves)
+            node = self._take_in(row.node, common)
+        self._close_page(node, common)
         was_here = node.session == session.index
         to_session_s = row.at_s - row.monotonic_s
         is_same_time = was_here and node.boot_id == row.boot_id
@@ -111,7 +115,7 @@ class EnergyBook(msgspec.Struct):
                     begins[component.component] = covered_to
                 else:
                     uses = {node.uses.get(component.component)}
-                    self._miss(node, component, covered_to, moment, uses, session, curves)
+                    self._miss(node, component, covered_to, moment, uses, common)
         if not is_same_time:
             self.gaps.close(node.name, node.gaps)
             node.begin_time_anew()
@@ -124,22 +128,23 @@ class EnergyBook(msgspec.Struct):
         node.lay_out(row.components)
         return not is_same_time
 
-    def add(
-        self, row: EnergyRow, session: Session, saved_steps: list[int], parts: Parts, curves: Curves
-    ) -> bool:
+    def add(self, row: EnergyRow, common: Common) -> bool:
         """Book an interval. Returns whether it had not been delivered before.
 
         Raises:
             Unusable: The row makes no sense.
         """
+        session = common.sessions.present
         node = self.nodes.get(row.node)
         if node is None or node.layout < 0:
             raise Unusable("no node row names its components")
         t0, t1, joules = row.t0, row.t1, row.joules
         generation, setting, step = row.generation, row.setting, row.step
+        seconds = t1 - t0
         if len(joules) != node.width:
             raise Unusable(f"{len(joules)} values for {node.width} components")
-        seconds = check_interval(t0, t1)
+        if not 0.0 <= seconds < MAX_SESSION_S:
+            check_interval(t0, t1)
         if (generation | setting | step) >> 31:
             check_numbers(generation, setting, step)
         if node.session != session.index:
@@ -149,111 +154,84 @@ class EnergyBook(msgspec.Struct):
             return False
         at_s = t1 + node.to_session_s
         if at_s > session.seconds:
-            session.see(at_s)
-            curves.widen(session.at_s)
+            common.see(at_s)
         if at_s > session.metered_s:
             session.metered_s = at_s
 
         us = round(seconds * 1e6)
         try:
-            read_mj = [-1 if value is None else round(value * 1000) for value in joules]
+            amounts = [-1 if value is None else round(value * 1000) for value in joules]
         except (OverflowError, ValueError):  # not finite
-            read_mj = [whole_mj(value) for value in joules]
-        energy_mj = sum(read_mj)
+            amounts = [whole_mj(value) for value in joules]
         if (
-            row.shared
-            or row.shared_cpu
-            or row.uses
+            row.uses
             or row.unknown_s
             or row.qualities
-            or energy_mj > MAX_MJ
-            or not read_mj
-            or min(read_mj) < 0
+            or not amounts
+            or min(amounts) < 0
+            or sum(amounts) > MAX_MJ
             or node.has_unmeasurable
         ):
-            place, amounts, energy_mj = node.sort_out(row, read_mj, us)
-            read_mj.append(us)
+            key, amounts = node.sort_out(row, amounts, us)
+        elif row.shared or row.shared_cpu:
+            key, amounts = node.share_out(row, amounts, us)
         else:
-            found = node.keys.get(row.use)
-            place = node.plain_account(row.use) if found is None else found
-            read_mj.append(us)
-            amounts = read_mj
+            key = row.use
+            amounts.append(us)
+
         if node.begins or (end_t is not None and t0 - end_t > TOUCHING_S):
-            self._find_missing(node, row, session, curves)
-        if place != node.last_place:
-            self._change_uses(node, row, place, read_mj, seconds)
-        node.end_t = t1 if end_t is None or t1 > end_t else end_t
-
-        limits = session.limits
-        if generation <= limits.newest and limits.void(generation, step):
-            place = node.as_lost(place)
-        account = node.accounts[place]
-        account.totals = list(map(add, account.totals, amounts))
-        expected_us = us * node.width
-        unknown_us = self._note_unknown(node, row, account, us, session) if account.has_unknown else 0
-
-        part = parts.setting(session.index, setting)
-        of_generation = parts.generation(session.index, generation)
-        part.energy_mj += energy_mj
-        of_generation.energy_mj += energy_mj
-        if account.useful:
-            useful_mj = energy_mj if account.is_all_useful else sum(amounts[c] for c in account.useful)
-            part.useful_mj += useful_mj
-            of_generation.useful_mj += useful_mj
-        if account.is_measured:
-            part.is_measured = of_generation.is_measured = True
-        if account.is_undoable:
-            stretches = node.undoable.stretches
-            stretches.append(Stretch(session.index, generation, setting, step, step, place, amounts))
-            if len(stretches) > self.room:
-                node.undoable.compact(saved_steps, self.room // 2)
-
-        if t1 <= node.bin_to_t and t0 >= node.bin_from_t and not unknown_us:
-            node.bin_amounts = list(map(add, node.bin_amounts, read_mj))
-        else:
-            self._draw(node, row, account, read_mj, session, curves)
-        node.num_intervals += 1
-        node.interval_s += seconds
-        recent = Recent(us, energy_mj, expected_us, unknown_us)
-        if us >= _RECENT_US:
-            node.recent = [recent]
-        else:
-            node.recent.append(recent)
-            while sum(some.us for some in node.recent[1:]) >= _RECENT_US or len(node.recent) > _MAX_RECENT:
-                del node.recent[0]
-        if row.use in GOES_ON:
-            self.going_on_mj += energy_mj
-            self.going_on_expected_us += expected_us
-            self.going_on_unknown_us += unknown_us
-            if node.pace_setting != setting:
-                node.pace_setting, node.pace_us, node.pace_mj = setting, 0, 0
-                node.pace_expected_us = node.pace_unknown_us = 0
-            node.pace_us += us
-            node.pace_mj += energy_mj
-            node.pace_expected_us += expected_us
-            node.pace_unknown_us += unknown_us
+            self._find_missing(node, row, common)
+        written = node.open
+        if (
+            written is None
+            or key != written.key
+            or t1 > written.to_t
+            or t0 < written.from_t
+            or generation != written.page.generation
+            or setting != written.page.setting
+            or generation <= session.limits.newest
+            or len(written.page.rows) >= _MAX_PAGE
+        ):
+            self._close_page(node, common)
+            written = self._open_page(node, row, key, amounts, common)
+        written.page.steps.append(step)
+        written.page.rows.append(amounts)
+        if end_t is None or t1 > end_t:
+            node.end_t = t1
+        if written.has_unknown:
+            self._note_unknown(node, row, written, us, session)
         if row.own_fraction is not None:
             self.shared_machine_us += us
         if row.foreign:
-            self._note_foreign(node, row, read_mj)
+            energies_mj = node.accounts[written.page.account].energies_mj(amounts)
+            for component, energy_mj in zip(node.components, energies_mj, strict=True):
+                if component.component in row.foreign:
+                    _count(self.foreign_mj, component.component, energy_mj)
         return True
 
-    def undo(self, session: int, generation: int, resumed_step: int, parts: Parts) -> None:
+    def undo(self, session: int, generation: int, resumed_step: int, common: Common) -> None:
         """The run fell back; see :meth:`eadt.record.books.undo.Undoable.undo`."""
         for node in self.nodes.values():
+            self._close_page(node, common)
             for undone in node.undoable.undo(session, generation, resumed_step):
-                self._undo(node, undone, parts)
+                self._undo(node, undone, common)
 
-    def end_session(self, session: Session, curves: Curves) -> None:
+    def end_session(self, common: Common) -> None:
         """Another session begins: what nodes did not book of this one is missing; their time begins anew."""
         for node in self.nodes.values():
-            self._draw_bin(node, session, curves)
-            for component, covered_to, end_t in list(self.tails(node, session, has_followed=True)):
+            self._close_page(node, common)
+            for component, covered_to, end_t in list(self.tails(node, common.session, has_followed=True)):
                 uses = {node.uses.get(component.component)}
-                self._miss(node, component, covered_to, end_t, uses, session, curves)
+                self._miss(node, component, covered_to, end_t, uses, common)
             self.gaps.close(node.name, node.gaps)
             node.begin_time_anew()
             node.pace_setting = -1
+
+    def sum_up(self, common: Common) -> None:
+        """Add up what is on open pages, so that the sums hold every row. It changes no figure."""
+        for node in self.nodes.values():
+            if node.open is not None:
+                self._sum_up(node, node.open, common)
 
     # -- figures ----------------------------------------------------------------------------------------
 
@@ -297,15 +275,15 @@ class EnergyBook(msgspec.Struct):
 
     # -- how --------------------------------------------------------------------------------------------
 
-    def _take_in(self, name: str, saved_steps: list[int]) -> NodeBook:
+    def _take_in(self, name: str, common: Common) -> NodeBook:
         """A new node; the more there are, the less of each is kept one by one."""
         node = self.nodes[name] = NodeBook(name)
         room = max(min(_MAX_STRETCHES // len(self.nodes), MAX_STRETCHES_EACH), _MIN_STRETCHES_EACH)
         if room < self.room:
             self.room = room
             for other in self.nodes.values():
-                if len(other.undoable.stretches) > room:
-                    other.undoable.compact(saved_steps, room // 2)
+                if len(other.undoable.old) + other.undoable.num_rows > room:
+                    other.undoable.compact(room, common.saved_steps)
         return node
 
     def _meet_again(self, node: NodeBook, t: float, session: Session) -> None:
@@ -313,31 +291,119 @@ class EnergyBook(msgspec.Struct):
         node.session = session.index
         node.to_session_s = session.seconds - t
 
-    def _change_uses(
-        self, node: NodeBook, row: EnergyRow, place: int, read_mj: list[int], seconds: float
+    def _open_page(
+        self, node: NodeBook, row: EnergyRow, key: str, amounts: list[int], common: Common
+    ) -> OpenPage:
+        """A page that begins with this row."""
+        session, curves = common.session, common.curves
+        place = node.account_of(row, key)
+        account = node.accounts[place]
+        if len(amounts) != len(account.totals):
+            raise Unusable(f"{row.use!r} is no use")
+        if key != node.last_key:
+            self._change_uses(node, row, account, amounts)
+            node.last_key = key
+        if session.limits.void(row.generation, row.step):
+            place = node.as_lost(place)
+        to_axis_s = node.to_session_s + session.offset_s
+        from_s, to_s = (max(t + to_axis_s, 0.0) for t in (row.t0, row.t1))
+        number = curves.place(from_s)
+        if number == curves.place(to_s):
+            from_t, to_t = (edge * curves.bin_s - to_axis_s for edge in (number, number + 1))
+        else:
+            # In several bins, which no other row will be: it is drawn at once.
+            from_t, to_t = math.inf, -math.inf
+            self._draw(node, account, amounts, curves.spread(from_s, to_s), curves)
+        page = Page(session.index, row.generation, row.setting, place, [], [])
+        node.open = OpenPage(page, key, row.use in GOES_ON, account.has_unknown, from_t, to_t)
+        return node.open
+
+    def _close_page(self, node: NodeBook, common: Common) -> None:
+        """Add up what is on a node's page, and keep it where it can be undone."""
+        written = node.open
+        if written is None:
+            return
+        self._sum_up(node, written, common)
+        node.recent = node.last_intervals()
+        node.open = None
+        if node.accounts[written.page.account].is_undoable:
+            node.undoable.add(written.page, self.room, common.saved_steps)
+
+    def _sum_up(self, node: NodeBook, written: OpenPage, common: Common) -> None:
+        """Add up what is on a page and has not been added up yet."""
+        page = written.page
+        rows = page.rows[written.num_summed :]
+        if not rows:
+            return
+        written.num_summed = len(page.rows)
+        amounts = added_up(rows)
+        account = node.accounts[page.account]
+        account.totals = list(map(add, account.totals, amounts))
+        interval = account.interval(amounts)
+        useful_mj = sum(amounts[column] for column in account.useful)
+        for part in (
+            common.parts.setting(page.session, page.setting),
+            common.parts.generation(page.session, page.generation),
+        ):
+            part.energy_mj += interval.energy_mj
+            part.useful_mj += useful_mj
+            part.is_measured = part.is_measured or account.is_measured
+        node.num_intervals += len(rows)
+        node.interval_us += interval.us
+        if written.goes_on:
+            self.going_on_mj += interval.energy_mj
+            self.going_on_expected_us += interval.expected_us
+            self.going_on_unknown_us += interval.unknown_us
+            if node.pace_setting != page.setting:
+                node.pace_setting, node.pace = page.setting, Interval(0, 0, 0, 0)
+            node.pace.add(interval)
+        if written.from_t < written.to_t:
+            middle_s = (written.from_t + written.to_t) / 2 + node.to_session_s
+            number = common.curves.place(common.session.place_s(middle_s))
+            self._draw(node, account, amounts, [(number, 1.0)], common.curves)
+
+    def _draw(
+        self,
+        node: NodeBook,
+        account: Account,
+        amounts: list[int],
+        pieces: list[tuple[int, float]],
+        curves: Curves,
     ) -> None:
+        """Put an interval's amounts into the curves, in fractions by bin."""
+        us = amounts[account.time_column]
+        unknown_us = account.unknown_us(amounts)
+        energies_mj = account.energies_mj(amounts)
+        for number, component in enumerate(node.components):
+            column = curves.column(component.component)
+            for place, fraction in pieces:
+                column.energy_mj[place] += energies_mj[number] * fraction
+                column.expected_us[place] += us * fraction
+                column.unknown_us[place] += unknown_us.get(number, 0) * fraction
+
+    def _change_uses(self, node: NodeBook, row: EnergyRow, account: Account, amounts: list[int]) -> None:
         """Where a component's use changed, a reading may be late by the source's resolution."""
-        nulls = node.accounts[place].nulls
+        us = amounts[account.time_column]
+        energies_mj = account.energies_mj(amounts)
         for number, component in enumerate(node.components):
             name = component.component
             use = row.uses.get(name, row.use)
             before = node.uses.get(name)
-            if before is not None and before != use and seconds > 0 and number not in nulls:
-                power_w = read_mj[number] / 1e3 / seconds
+            if before is not None and before != use and us > 0 and number not in account.nulls:
+                power_w = energies_mj[number] * 1e3 / us
                 variance_j2 = (power_w * component.resolution_s) ** 2
                 for either in (before, use):
                     node.variance_j2[either] = node.variance_j2.get(either, 0.0) + variance_j2
             node.uses[name] = use
-        node.last_place = place
 
-    def _find_missing(self, node: NodeBook, row: EnergyRow, session: Session, curves: Curves) -> None:
+    def _find_missing(self, node: NodeBook, row: EnergyRow, common: Common) -> None:
         """What should have been booked before this interval."""
         for component in node.components:
             name = component.component
             covered_to = node.covered_to(name)
             if covered_to is not None:
                 uses = {node.uses.get(name), row.uses.get(name, row.use)}
-                self._miss(node, component, covered_to, row.t0, uses, session, curves)
+                self._miss(node, component, covered_to, row.t0, uses, common)
         node.begins = {}
 
     def _miss(
@@ -347,12 +413,12 @@ class EnergyBook(msgspec.Struct):
         from_t: float,
         to_t: float,
         uses: set[str | None],
-        session: Session,
-        curves: Curves,
+        common: Common,
     ) -> None:
         """A stretch of node time of which no row tells; ``uses`` are those before and after it."""
         if to_t - from_t <= TOUCHING_S:
             return
+        session, curves = common.session, common.curves
         name = component.component
         us = round((to_t - from_t) * 1e6)
         node.hole_us += us
@@ -363,101 +429,46 @@ class EnergyBook(msgspec.Struct):
             if use is not None:
                 _count(node.hole_us_by_use, use, us)
         from_s, to_s = (session.place_s(t + node.to_session_s) for t in (from_t, to_t))
+        column = curves.column(name)
         for place, fraction in curves.spread(from_s, to_s):
-            curves.add_power(name, place, 0.0, us * fraction, us * fraction)
+            column.expected_us[place] += us * fraction
+            column.unknown_us[place] += us * fraction
         self.gaps.note(node.name, node.gaps, name, from_s, from_t, to_t, us, NO_ROW)
 
     def _note_unknown(
-        self, node: NodeBook, row: EnergyRow, account: Account, us: int, session: Session
-    ) -> int:
-        """Note what is not known of an interval. Returns the component-time, in millionths of a second."""
-        total_us = 0
+        self, node: NodeBook, row: EnergyRow, written: OpenPage, us: int, session: Session
+    ) -> None:
+        """Note what is not known of an interval."""
+        account = node.accounts[written.page.account]
         at_s = session.place_s(row.t0 + node.to_session_s)
         components = node.components
-        for place in (*account.nulls, *account.partial):
-            component = components[place]
+        for number in (*account.nulls, *account.partial):
+            component = components[number]
             name = component.component
-            unknown_us = unknown_us_of(row, name, us) if place in account.partial else us
+            unknown_us = us if number in account.nulls else unknown_us_of(row, name, us)
             if unknown_us:
-                otherwise = NOT_READ if account.qualities[place] else component.detail or NOTHING_MEASURES_IT
+                is_measurable = account.qualities[number]
+                otherwise = NOT_READ if is_measurable else component.detail or NOTHING_MEASURES_IT
                 reason = row.why_unknown.get(name) or otherwise
                 self.gaps.note(node.name, node.gaps, name, at_s, row.t0, row.t1, unknown_us, reason)
-                total_us += unknown_us
-        return total_us
 
-    def _note_foreign(self, node: NodeBook, row: EnergyRow, read_mj: list[int]) -> None:
-        for component, energy_mj in zip(node.components, read_mj, strict=False):
-            if component.component in row.foreign:
-                _count(self.foreign_mj, component.component, energy_mj)
-
-    def _draw(
-        self,
-        node: NodeBook,
-        row: EnergyRow,
-        account: Account,
-        amounts: list[int],
-        session: Session,
-        curves: Curves,
-    ) -> None:
-        """Put an interval into the curves; ``amounts`` are each component's energy, and the time."""
-        to_axis_s = node.to_session_s + session.offset_s
-        pieces = curves.spread(max(row.t0 + to_axis_s, 0.0), max(row.t1 + to_axis_s, 0.0))
-        if len(pieces) == 1 and not account.has_unknown:
-            # What follows in the same bin is only added up: most rows, once the bins are wide.
-            self._draw_bin(node, session, curves)
-            place = pieces[0][0]
-            node.bin_from_t = place * curves.bin_s - to_axis_s
-            node.bin_to_t = (place + 1) * curves.bin_s - to_axis_s
-            node.bin_amounts = amounts
-            return
-        us = amounts[-1]
-        for number, component in enumerate(node.components):
-            unknown_us = 0
-            if number in account.nulls:
-                unknown_us = us
-            elif number in account.partial:
-                unknown_us = unknown_us_of(row, component.component, us)
-            for place, fraction in pieces:
-                curves.add_power(
-                    component.component,
-                    place,
-                    amounts[number] * fraction,
-                    us * fraction,
-                    unknown_us * fraction,
-                )
-
-    def _draw_bin(self, node: NodeBook, session: Session, curves: Curves) -> None:
-        """Put what was added up for one bin into the curves."""
-        draw_open_bin(node, session, curves)
-        node.bin_from_t, node.bin_to_t, node.bin_amounts = 0.0, -1.0, []
-
-    def _undo(self, node: NodeBook, undone: Undone, parts: Parts) -> None:
+    def _undo(self, node: NodeBook, undone: Undone, common: Common) -> None:
         """Move what is void to the accounts of lost work."""
-        stretch, amounts = undone.stretch, undone.amounts
-        account = node.accounts[stretch.account]
+        amounts = undone.amounts
+        account = node.accounts[undone.account]
         account.totals = list(map(sub, account.totals, amounts))
-        lost = node.accounts[node.as_lost(stretch.account)]
+        lost = node.accounts[node.as_lost(undone.account)]
         lost.totals = list(map(add, lost.totals, amounts))
-        if stretch.setting != NO_SETTING:
+        if undone.setting != NO_SETTING:
             useful_mj = sum(amounts[column] for column in account.useful)
-            parts.setting(stretch.session, stretch.setting).useful_mj -= useful_mj
-            parts.generation(stretch.session, stretch.generation).useful_mj -= useful_mj
-        if not undone.exact:
+            common.parts.setting(undone.session, undone.setting).useful_mj -= useful_mj
+            common.parts.generation(undone.session, undone.generation).useful_mj -= useful_mj
+        if not undone.is_exact:
             uses = [*account.uses, *(use for _, use in account.shares)]
             for use, energy_mj in zip(uses, amounts, strict=False):
                 if use in UNDOABLE:
                     _count(self.split_mj, use, energy_mj)
                     _count(self.split_mj, "lost", energy_mj)
-
-
-def draw_open_bin(node: NodeBook, session: Session, curves: Curves) -> None:
-    """Add to the curves what the node has added up for one bin and not yet put there."""
-    if node.bin_amounts:
-        middle_t = (node.bin_from_t + node.bin_to_t) / 2
-        place = curves.place(session.place_s(middle_t + node.to_session_s))
-        us = float(node.bin_amounts[-1])
-        for component, energy_mj in zip(node.components, node.bin_amounts, strict=False):
-            curves.add_power(component.component, place, float(energy_mj), us, 0.0)
 
 
 def _count(counts: dict[str, int], name: str, amount: int) -> None:

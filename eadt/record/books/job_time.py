@@ -10,9 +10,8 @@ from operator import add, sub
 import msgspec
 
 from eadt.record.books.amounts import share
-from eadt.record.books.parts import Parts
-from eadt.record.books.sessions import Session
-from eadt.record.books.undo import Stretch, Undoable
+from eadt.record.books.common import Common
+from eadt.record.books.undo import Page, Undoable
 from eadt.record.books.unusable import check_interval, check_numbers
 from eadt.record.rows import UNDOABLE, TimeRow
 
@@ -52,7 +51,7 @@ class TimeBook(msgspec.Struct):
     bands: list[Band] = []
     shortest_s: float = 0.0
 
-    def add(self, row: TimeRow, session: Session, saved_steps: list[int], parts: Parts) -> None:
+    def add(self, row: TimeRow, common: Common) -> None:
         """Book a stretch of time.
 
         Raises:
@@ -60,7 +59,8 @@ class TimeBook(msgspec.Struct):
         """
         check_interval(row.t0_s, row.t1_s)
         check_numbers(row.step, row.generation, row.setting)
-        session.see(row.t1_s)
+        common.see(row.t1_s)
+        session = common.session
         left = total = round(row.t1_s * 1e6) - round(row.t0_s * 1e6)
         uses, amounts = [row.use], [total]
         for use, fraction in row.shared.items():
@@ -76,14 +76,10 @@ class TimeBook(msgspec.Struct):
             place = self._as_lost(place)
         account = self.accounts[place]
         account.totals = list(map(add, account.totals, amounts))
-        parts.add_time(session.index, row.generation, row.setting, total)
+        common.parts.add_time(session.index, row.generation, row.setting, total)
         if any(use in UNDOABLE for use in account.uses):
-            stretches = self.undoable.stretches
-            stretches.append(
-                Stretch(session.index, row.generation, row.setting, row.step, row.step, place, amounts)
-            )
-            if len(stretches) > _ROOM:
-                self.undoable.compact(saved_steps, _ROOM // 2)
+            page = Page(session.index, row.generation, row.setting, place, [row.step], [amounts])
+            self.undoable.add(page, _ROOM, common.saved_steps)
         use = "lost" if is_void and row.use in UNDOABLE else row.use
         band = Band(
             session.place_s(row.t0_s),
@@ -101,9 +97,9 @@ class TimeBook(msgspec.Struct):
     def undo(self, session: int, generation: int, resumed_step: int) -> None:
         """The run fell back; see :meth:`eadt.record.books.undo.Undoable.undo`."""
         for undone in self.undoable.undo(session, generation, resumed_step):
-            account = self.accounts[undone.stretch.account]
+            account = self.accounts[undone.account]
             account.totals = list(map(sub, account.totals, undone.amounts))
-            lost = self.accounts[self._as_lost(undone.stretch.account)]
+            lost = self.accounts[self._as_lost(undone.account)]
             lost.totals = list(map(add, lost.totals, undone.amounts))
         bands: list[Band] = []
         for band in self.bands:

@@ -10,18 +10,37 @@ to another use, then the time, then for each component that is known in part the
 
 from __future__ import annotations
 
+from operator import sub
 from typing import Any
 
 import msgspec
 
 from eadt.record.books.amounts import MAX_MJ, share
 from eadt.record.books.gaps import OpenGap
-from eadt.record.books.undo import Undoable
+from eadt.record.books.undo import Page, Undoable
 from eadt.record.rows import UNDOABLE, EnergyRow, MeteredComponent
 
 NOTHING_MEASURES_IT = "nothing can measure it"
 NOT_READ = "it was not read"
+RECENT_US = 1_000_000
 _ON_THE_BOARD = ("cpu", "dram")
+_MAX_RECENT = 64
+
+
+class Interval(msgspec.Struct, array_like=True, gc=False):
+    """Some interval of a node, as far as its power goes."""
+
+    us: int
+    energy_mj: int
+    expected_us: int
+    unknown_us: int
+
+    def add(self, other: Interval) -> None:
+        """Make it longer by another one."""
+        self.us += other.us
+        self.energy_mj += other.energy_mj
+        self.expected_us += other.expected_us
+        self.unknown_us += other.unknown_us
 
 
 class Account(msgspec.Struct):
@@ -61,17 +80,51 @@ class Account(msgspec.Struct):
 
     @property
     def time_column(self) -> int:
-        """Where the time is."""
+        """Where the time is; the columns before are energy."""
         return len(self.uses) + len(self.shares)
 
+    def unknown_us(self, amounts: list[int]) -> dict[int, int]:
+        """Of these amounts, the time in which a component is not known, by component."""
+        time = self.time_column
+        unknown_us = dict.fromkeys(self.nulls, amounts[time])
+        unknown_us |= zip(self.partial, amounts[time + 1 :], strict=True)
+        return unknown_us
 
-class Recent(msgspec.Struct, array_like=True, gc=False):
-    """One of a node's last intervals, as far as its power goes."""
+    def energies_mj(self, amounts: list[int]) -> list[int]:
+        """Of these amounts, each component's energy for whatever use."""
+        energies_mj = amounts[: len(self.uses)]
+        for column, (component, _) in enumerate(self.shares, start=len(self.uses)):
+            energies_mj[component] += amounts[column]
+        return energies_mj
 
-    us: int
-    energy_mj: int
-    expected_us: int
-    unknown_us: int
+    def interval(self, amounts: list[int]) -> Interval:
+        """A row's amounts as far as its power goes."""
+        time = self.time_column
+        us = amounts[time]
+        unknown_us = sum(self.unknown_us(amounts).values()) if self.has_unknown else 0
+        return Interval(us, sum(amounts[:time]), us * len(self.uses), unknown_us)
+
+
+class OpenPage(msgspec.Struct):
+    """The page that a node writes on: rows that are alike in all but their amounts, and fall into one bin.
+
+    Attributes:
+        page: The rows.
+        key: Their key, before a rollback made them void.
+        goes_on: Whether their use is one of a run that goes on as it is.
+        has_unknown: Whether something in them is not known.
+        from_t: The bin's stretch of node time,
+        to_t: up to here. Nothing: its only row is in several bins, and has been drawn.
+        num_summed: How many of the rows are in the sums already.
+    """
+
+    page: Page
+    key: str
+    goes_on: bool
+    has_unknown: bool
+    from_t: float
+    to_t: float
+    num_summed: int = 0
 
 
 class NodeBook(msgspec.Struct):
@@ -87,10 +140,11 @@ class NodeBook(msgspec.Struct):
         uses: The use that each component had in its last row.
         variance_j2: By use, what cutting between two uses may have put into the wrong one, squared.
         hole_us: Component-time without a row: in all, and by component, by use and by quality.
-        recent: Its last intervals.
+        recent: Its last intervals on pages before this one.
         num_intervals: How many it booked, and their length in all.
-        bin_from_t: The stretch of node time, up to ``bin_to_t``, that ``bin_amounts`` are of.
-        pace_setting: The setting that the next four are of: energy and time of a run that goes on as it is.
+        open: The page that it writes on.
+        pace_setting: The setting that ``pace`` is of:
+        pace: all its intervals in which the run went on as it is.
     """
 
     name: str
@@ -105,12 +159,13 @@ class NodeBook(msgspec.Struct):
     layout: int = -1
     width: int = 0
     has_unmeasurable: bool = False
+    on_the_board: list[int] = []
     end_t: float | None = None
     begins: dict[str, float] = {}
     accounts: list[Account] = []
     keys: dict[str, int] = {}
     uses: dict[str, str] = {}
-    last_place: int = -1
+    last_key: str = ""
     variance_j2: dict[str, float] = {}
     gaps: dict[str, OpenGap] = {}
     hole_us: int = 0
@@ -118,17 +173,12 @@ class NodeBook(msgspec.Struct):
     hole_us_by_use: dict[str, int] = {}
     hole_us_by_quality: dict[str, int] = {}
     undoable: Undoable = msgspec.field(default_factory=Undoable)
-    bin_from_t: float = 0.0
-    bin_to_t: float = -1.0
-    bin_amounts: list[int] = []
-    recent: list[Recent] = []
+    open: OpenPage | None = None
+    recent: list[Interval] = []
     num_intervals: int = 0
-    interval_s: float = 0.0
+    interval_us: int = 0
     pace_setting: int = -1
-    pace_mj: int = 0
-    pace_us: int = 0
-    pace_expected_us: int = 0
-    pace_unknown_us: int = 0
+    pace: Interval = msgspec.field(default_factory=lambda: Interval(0, 0, 0, 0))
 
     @property
     def components(self) -> list[MeteredComponent]:
@@ -156,80 +206,118 @@ class NodeBook(msgspec.Struct):
             self.layouts.append(components)
         self.layout = self.layouts.index(components)
         self.width = len(components)
+        self.on_the_board = [
+            place for place, component in enumerate(components) if component.component in _ON_THE_BOARD
+        ]
         self.has_unmeasurable = not all(component.quality for component in components)
         self.keys = {
             account.key: place for place, account in enumerate(self.accounts) if account.layout == self.layout
         }
-        self.last_place = -1
+        self.last_key = ""
+
+    def last_intervals(self) -> list[Interval]:
+        """Its newest intervals, so many that they are 1 s at least, where there are."""
+        rows = self.open.page.rows if self.open is not None else []
+        account = self.accounts[self.open.page.account] if self.open is not None else None
+        intervals: list[Interval] = []
+        us = 0
+        for row in reversed(rows):
+            assert account is not None
+            intervals.append(account.interval(row))
+            us += intervals[-1].us
+            if us >= RECENT_US or len(intervals) >= _MAX_RECENT:
+                return intervals[::-1]
+        for recent in reversed(self.recent):
+            intervals.append(recent)
+            us += recent.us
+            if us >= RECENT_US or len(intervals) >= _MAX_RECENT:
+                break
+        return intervals[::-1]
 
     def begin_time_anew(self) -> None:
         """What comes is of another session, or of another start of the machine."""
         self.end_t = None
         self.begins = {}
         self.uses = {}
-        self.last_place = -1
+        self.last_key = ""
         self.recent = []
 
-    def plain_account(self, use: str) -> int:
-        """The account of rows of which all is known and has one use."""
-        return self._open_account(use, [use] * self.width, None, [], [], [])
+    def share_out(self, row: EnergyRow, read_mj: list[int], us: int) -> tuple[str, list[int]]:
+        """The key and the amounts of a row of which all is known and has one use, and parts go to others.
 
-    def sort_out(self, row: EnergyRow, read_mj: list[int], us: int) -> tuple[int, list[int], int]:
-        """The account and the amounts of a row in which components differ, are shared out or are unknown.
+        Args:
+            row: The row.
+            read_mj: Its energies.
+            us: Its length, in millionths of a second.
+        """
+        amounts = read_mj
+        shared: list[int] = []
+        for use, fraction in row.shared.items():
+            if use != row.use:
+                if amounts is read_mj and 0.0 <= fraction <= 1.0:  # the common case, in which all is left
+                    parts = [round(whole * fraction) for whole in read_mj]
+                else:
+                    parts = [
+                        share(whole, fraction, left) for whole, left in zip(read_mj, amounts, strict=True)
+                    ]
+                amounts = list(map(sub, amounts, parts))
+                shared += parts
+        for use, fraction in row.shared_cpu.items():
+            if use != row.use:
+                amounts = amounts.copy()
+                for place in self.on_the_board:
+                    part = share(read_mj[place], fraction, amounts[place])
+                    amounts[place] -= part
+                    shared.append(part)
+        return _shared_key(row), [*amounts, *shared, us]
+
+    def sort_out(self, row: EnergyRow, read_mj: list[int], us: int) -> tuple[str, list[int]]:
+        """The key and the amounts of a row in which components differ or are unknown.
 
         Args:
             row: The row.
             read_mj: Its energies; -1: unknown. Unknown ones are set to 0 in place.
             us: Its length, in millionths of a second.
-
-        Returns:
-            The account's place, the amounts and all the energy in them.
         """
         components = self.components
-        row_uses, row_qualities = row.uses, row.qualities
         nulls: list[int] = []
         partial: list[int] = []
         partial_us: list[int] = []
         for place, component in enumerate(components):
             name = component.component
-            quality = row_qualities.get(name, component.quality) if row_qualities else component.quality
+            quality = row.qualities.get(name, component.quality)
             if not quality or not 0 <= read_mj[place] <= MAX_MJ:
                 nulls.append(place)
                 read_mj[place] = 0
             elif row.unknown_s and (unknown_us := unknown_us_of(row, name, us)):
                 partial.append(place)
                 partial_us.append(unknown_us)
-        energy_mj = sum(read_mj)
         amounts = read_mj.copy()
         shared: list[int] = []
         shares: list[tuple[int, str]] = []
-        for fractions, names in ((row.shared, None), (row.shared_cpu, _ON_THE_BOARD)):
+        for fractions, places in ((row.shared, range(len(components))), (row.shared_cpu, self.on_the_board)):
             for use, fraction in fractions.items():
-                if use == row.use:
-                    continue
-                for place, component in enumerate(components):
-                    name = component.component
-                    if place in nulls or (names is not None and name not in names):
-                        continue
-                    if row_uses and row_uses.get(name, row.use) != row.use:
-                        continue
-                    part = share(read_mj[place], fraction, amounts[place])
-                    amounts[place] -= part
-                    shared.append(part)
-                    shares.append((place, use))
-        amounts += shared
-        amounts.append(us)
-        amounts += partial_us
-        if row_uses or row_qualities or nulls or partial:
-            extra = f"{row_uses}{row_qualities}{nulls}{partial}"
-        else:
-            extra = ""
-        key = f"{row.use!r}{extra}{list(row.shared)}{list(row.shared_cpu)}"
-        account = self.keys.get(key)
-        if account is None:
-            uses = [row_uses.get(component.component, row.use) for component in components]
-            account = self._open_account(key, uses, row_qualities, nulls, partial, shares)
-        return account, amounts, energy_mj
+                for place in places:
+                    own = row.uses.get(components[place].component, row.use)
+                    if use != row.use and place not in nulls and own == row.use:
+                        part = share(read_mj[place], fraction, amounts[place])
+                        amounts[place] -= part
+                        shared.append(part)
+                        shares.append((place, use))
+        key = f"{_shared_key(row)}{row.uses}{row.qualities}{nulls}{partial}"
+        if key not in self.keys:
+            uses = [row.uses.get(component.component, row.use) for component in components]
+            self._open_account(key, uses, row.qualities, nulls, partial, shares)
+        return key, [*amounts, *shared, us, *partial_us]
+
+    def account_of(self, row: EnergyRow, key: str) -> int:
+        """The account of a key; a new one where the row is the first of its kind."""
+        place = self.keys.get(key)
+        if place is not None:
+            return place
+        shares = [(place, use) for use in row.shared if use != row.use for place in range(self.width)]
+        shares += [(place, use) for use in row.shared_cpu if use != row.use for place in self.on_the_board]
+        return self._open_account(key, [row.use] * self.width, {}, [], [], shares)
 
     def as_lost(self, place: int) -> int:
         """The account that holds what was in this one and is void."""
@@ -255,14 +343,13 @@ class NodeBook(msgspec.Struct):
         self,
         key: str,
         uses: list[str],
-        row_qualities: dict[str, str] | None,
+        row_qualities: dict[str, str],
         nulls: list[int],
         partial: list[int],
         shares: list[tuple[int, str]],
     ) -> int:
         qualities = [
-            (row_qualities or {}).get(component.component, component.quality) or ""
-            for component in self.components
+            row_qualities.get(component.component, component.quality) or "" for component in self.components
         ]
         place = self._append_account(self.layout, key, uses, qualities, nulls, partial, shares)
         self.keys[key] = place
@@ -304,6 +391,11 @@ def unknown_us_of(row: EnergyRow, component: str, us: int) -> int:
     """How much of a component's time in a row is not in its joules."""
     seconds = row.unknown_s.get(component, 0.0)
     return min(round(seconds * 1e6), us) if 0.0 < seconds < 1e9 else 0
+
+
+def _shared_key(row: EnergyRow) -> str:
+    """What sets accounts of rows with parts given to other uses apart; no use has a line's end in it."""
+    return "\n".join((row.use, *row.shared, "", *row.shared_cpu))
 
 
 def _lost(use: str) -> str:

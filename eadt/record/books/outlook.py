@@ -6,13 +6,11 @@ Owns how the newest intervals and the present setting's own steps are made into 
 from __future__ import annotations
 
 from eadt.record.books.energy import OPEN_GRACE_S, EnergyBook
-from eadt.record.books.nodes import NodeBook
+from eadt.record.books.nodes import RECENT_US, Interval, NodeBook
 from eadt.record.books.sessions import Session
 from eadt.record.books.steps import MIN_STEPS, Pace, StepBook
 from eadt.record.books.totals import is_at_least
 from eadt.units import Quantity
-
-_MIN_PACE_US = 1_000_000
 
 
 def recent_power_w(book: EnergyBook, session: Session, relative: float | None) -> Quantity | None:
@@ -29,18 +27,18 @@ def recent_power_w(book: EnergyBook, session: Session, relative: float | None) -
     qualities: set[str] = set()
     is_known = False
     for node in _booking(book, session):
-        us = sum(recent.us for recent in node.recent)
-        expected = sum(recent.expected_us for recent in node.recent)
-        unknown = sum(recent.unknown_us for recent in node.recent)
+        newest = Interval(0, 0, 0, 0)
+        for interval in node.last_intervals():
+            newest.add(interval)
         is_late = node.end_t is None or session.seconds - (node.end_t + node.to_session_s) > OPEN_GRACE_S
-        if is_late or not us or unknown >= expected:
-            expected_us += node.width * _MIN_PACE_US
-            unknown_us += node.width * _MIN_PACE_US
+        if is_late or newest.unknown_us >= newest.expected_us:
+            expected_us += node.width * RECENT_US
+            unknown_us += node.width * RECENT_US
             continue
         is_known = True
-        power_w += sum(recent.energy_mj for recent in node.recent) / 1e3 / (us / 1e6)
-        expected_us += expected
-        unknown_us += unknown
+        power_w += newest.energy_mj * 1e3 / newest.us
+        expected_us += newest.expected_us
+        unknown_us += newest.unknown_us
         qualities |= {component.quality for component in node.components if component.quality}
     if not is_known:
         return None
@@ -76,11 +74,11 @@ def energy_of_steps(
     pace = _own_pace(steps, session, setting)
     nodes = _booking(book, session)
     if pace is not None and nodes:
-        has_pace = all(node.pace_setting == pace.setting and node.pace_us >= _MIN_PACE_US for node in nodes)
-        expected_us = sum(node.pace_expected_us for node in nodes)
-        unknown_us = sum(node.pace_unknown_us for node in nodes)
+        has_pace = all(node.pace_setting == pace.setting and node.pace.us >= RECENT_US for node in nodes)
+        expected_us = sum(node.pace.expected_us for node in nodes)
+        unknown_us = sum(node.pace.unknown_us for node in nodes)
         if has_pace and unknown_us < expected_us:
-            power_w = sum(node.pace_mj / node.pace_us * 1e3 for node in nodes)
+            power_w = sum(node.pace.energy_mj * 1e3 / node.pace.us for node in nodes)
             joules = power_w * (pace.seconds_per_step or 0.0)
             return _quantity(joules * num_steps, relative, is_at_least(unknown_us, expected_us), qualities)
     num_done = steps.pace_of_all.num_steps

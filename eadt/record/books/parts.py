@@ -5,13 +5,15 @@ Owns these sums alone. Memory grows with the number of settings and generations 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from eadt.record.books.steps import StepRange
 from eadt.record.figures import PartTally
 from eadt.record.rows import GenerationRow
+
+if TYPE_CHECKING:
+    from eadt.record.books.steps import StepRange
 
 
 class Part(msgspec.Struct):

@@ -87,10 +87,14 @@ class SessionBook(msgspec.Struct):
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
 
-    def begin(self, row: SessionRow) -> bool:
-        """A session began. Returns whether one went on before."""
-        follows = self.present.has_row or self.present.has_content
-        if follows:
+    @property
+    def has_begun(self) -> bool:
+        """Whether the present session is more than what came before the first one's own row."""
+        return self.present.has_row or self.present.has_content
+
+    def begin(self, row: SessionRow) -> None:
+        """A session began."""
+        if self.has_begun:
             last = self.present
             last.limits = Limits()  # its rows have all been written
             self.earlier.append(last)
@@ -102,7 +106,6 @@ class SessionBook(msgspec.Struct):
         self.sequence_length = row.sequence_length or self.sequence_length
         self.max_steps = row.max_steps if row.max_steps is not None else self.max_steps
         self.config, self.versions = row.config, row.versions
-        return follows
 
     def end(self, row: EndRow) -> None:
         """The session said how it ended."""
@@ -134,7 +137,7 @@ class SessionBook(msgspec.Struct):
     def tallies(self) -> list[SessionTally]:
         """The sessions in their order; none before the first row of one."""
         sessions = list(self.earlier)
-        if self.present.has_row or self.present.has_content:
+        if self.has_begun:
             sessions.append(self.present)
         return [
             SessionTally(

@@ -11,6 +11,7 @@ import math
 
 import msgspec
 
+from eadt.record.books.common import Common
 from eadt.record.books.curves import Curves
 from eadt.record.books.sessions import Session
 from eadt.record.books.unusable import Unusable, check_lengths, check_numbers, finite
@@ -121,14 +122,14 @@ class StepBook(msgspec.Struct):
 
     # -- rows -------------------------------------------------------------------------------------------
 
-    def add(self, row: StepsRow, session: Session, to_session_s: float, curves: Curves) -> bool:
+    def add(self, row: StepsRow, to_session_s: float | None, common: Common) -> bool:
         """Book steps.
 
         Args:
             row: The steps.
-            session: The present session.
-            to_session_s: What has to be added to the row's node time to get session time.
-            curves: Get their samples.
+            to_session_s: What has to be added to the row's node time to get session time; ``None``: its node
+                told no moment in both, and the steps end now.
+            common: What all books share.
 
         Returns:
             Whether there was a step in it that had not been booked before.
@@ -137,8 +138,11 @@ class StepBook(msgspec.Struct):
             Unusable: The row makes no sense.
         """
         _check(row)
-        session.see(row.t0[-1] + row.seconds[-1] + to_session_s)
-        curves.widen(session.at_s)
+        session, curves = common.session, common.curves
+        end_t = row.t0[-1] + row.seconds[-1]
+        if to_session_s is None:
+            to_session_s = session.seconds - end_t
+        common.see(end_t + to_session_s)
         limit = session.limits.of(row.generation)
         last = row.last_step if limit is None else min(row.last_step, limit)
         news = StepRange(

@@ -94,8 +94,7 @@ def tabulate(book: EnergyBook, session: Session) -> Totals:
             us = account.totals[account.time_column]
             if not us and not any(account.totals):
                 continue  # all of it became void
-            unknown_us = dict.fromkeys(account.nulls, us)
-            unknown_us |= zip(account.partial, account.totals[account.time_column + 1 :], strict=True)
+            unknown_us = account.unknown_us(account.totals)
             uses_of: list[set[str]] = [{use} for use in account.uses]
             for column, use in enumerate(account.uses):
                 if column not in account.nulls:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Callable
-from operator import add
+from operator import add, sub
 
 import msgspec
 
@@ -63,82 +63,149 @@ def note_saved_step(saved_steps: list[int], step: int) -> None:
         del saved_steps[: _MAX_SAVED_STEPS // 2 : 2]
 
 
-class Stretch(msgspec.Struct, array_like=True, gc=False):
-    """What was booked for steps ``from_step`` to ``to_step`` (done when it began) under one account."""
+class Page(msgspec.Struct):
+    """Rows of one generation, setting and account one by one: the step of each, and its amounts."""
 
     session: int
     generation: int
     setting: int
+    account: int
+    steps: list[int]
+    rows: list[list[int]]
+
+
+class Stretch(msgspec.Struct):
+    """Rows that were added up: those for steps ``from_step`` to ``to_step``."""
+
+    session: int
+    generation: int
+    setting: int
+    account: int
     from_step: int
     to_step: int
-    account: int
     amounts: list[int]
 
 
 class Undone(msgspec.Struct):
-    """A part of a stretch that a rollback made void; ``exact``: not a fraction of something added up."""
+    """What a rollback made void; ``is_exact``: it is no fraction of something that was added up."""
 
-    stretch: Stretch
+    session: int
+    generation: int
+    setting: int
+    account: int
     amounts: list[int]
-    exact: bool
+    is_exact: bool
 
 
 class Undoable(msgspec.Struct):
-    """Stretches that a rollback can still make void, in the order of their booking."""
+    """What a rollback can still make void, in the order of its booking.
 
-    stretches: list[Stretch] = []
+    Attributes:
+        old: Added up.
+        pages: One by one.
+        num_rows: How many rows these are.
+    """
+
+    old: list[Stretch] = []
+    pages: list[Page] = []
+    num_rows: int = 0
+
+    def add(self, page: Page, room: int, saved_steps: list[int]) -> None:
+        """Keep a page; where it gets more than there is room for, old ones are added up."""
+        self.pages.append(page)
+        self.num_rows += len(page.rows)
+        if self.num_rows + len(self.old) > room:
+            self.compact(room, saved_steps)
 
     def undo(self, session: int, generation: int, resumed_step: int) -> list[Undone]:
-        """Take out what a rollback made void."""
+        """Take out what a rollback made void: of these generations, and of sessions before."""
         undone: list[Undone] = []
-        kept: list[Stretch] = []
-        for stretch in self.stretches:
+        old: list[Stretch] = []
+        for stretch in self.old:
             reached = stretch.session < session or stretch.generation <= generation
             if not reached or stretch.to_step < resumed_step:
-                kept.append(stretch)
-            elif stretch.from_step >= resumed_step:
-                undone.append(Undone(stretch, stretch.amounts, True))
-            else:
+                old.append(stretch)
+                continue
+            void = stretch.amounts
+            is_exact = stretch.from_step >= resumed_step
+            if not is_exact:
                 num_steps = stretch.to_step - stretch.from_step + 1
                 num_void = stretch.to_step - resumed_step + 1
                 void = [amount * num_void // num_steps for amount in stretch.amounts]
-                left = [amount - part for amount, part in zip(stretch.amounts, void, strict=True)]
-                undone.append(Undone(stretch, void, False))
-                kept.append(
-                    msgspec.structs.replace(
-                        stretch, to_step=max(resumed_step - 1, stretch.from_step), amounts=left
-                    )
-                )
-        self.stretches = kept
+                left = list(map(sub, stretch.amounts, void))
+                old.append(msgspec.structs.replace(stretch, to_step=resumed_step - 1, amounts=left))
+            undone.append(
+                Undone(stretch.session, stretch.generation, stretch.setting, stretch.account, void, is_exact)
+            )
+        self.old = old
+        pages: list[Page] = []
+        for page in self.pages:
+            reached = page.session < session or page.generation <= generation
+            void_rows = [row for step, row in zip(page.steps, page.rows, strict=True) if step >= resumed_step]
+            if not reached or not void_rows:
+                pages.append(page)
+                continue
+            undone.append(
+                Undone(page.session, page.generation, page.setting, page.account, added_up(void_rows), True)
+            )
+            kept = [
+                (step, row) for step, row in zip(page.steps, page.rows, strict=True) if step < resumed_step
+            ]
+            page.steps, page.rows = [step for step, _ in kept], [row for _, row in kept]
+            if kept:
+                pages.append(page)
+        self.pages = pages
+        self.num_rows = sum(len(page.rows) for page in pages)
         return undone
 
-    def compact(self, saved_steps: list[int], room: int) -> None:
-        """Add up the older ones, so that about ``room`` are left; at least half of the room stays exact."""
-        half = max(room // 2, 1)
-        old, new = self.stretches[:-half], self.stretches[-half:]
+    def compact(self, room: int, saved_steps: list[int]) -> None:
+        """Add up old rows, so that about half of the room is taken, and half of that by single rows."""
+        quarter = max(room // 4, 1)
+        while self.pages and self.num_rows > quarter:
+            page = self.pages.pop(0)
+            self.num_rows -= len(page.rows)
+            self.old += _stretches(page, saved_steps)
         marks = saved_steps
-        old = _between(old, marks)
-        while len(old) > half and marks:
+        self.old = _between(self.old, marks)
+        while len(self.old) > quarter and marks:
             marks = marks[(len(marks) + 1) // 2 :]
-            old = _between(old, marks)
-        size = len(old) + 1
-        while half < len(old) < size:
-            size, middle = len(old), len(old) // 2
-            old = _added_up(old[:middle], lambda stretch: (stretch.account,)) + old[middle:]
-        self.stretches = old + new
+            self.old = _between(self.old, marks)
+        size = len(self.old) + 1
+        while quarter < len(self.old) < size:
+            size, middle = len(self.old), len(self.old) // 2
+            oldest = _merged(self.old[:middle], lambda stretch: (stretch.account,))
+            self.old = oldest + self.old[middle:]
+
+
+def added_up(rows: list[list[int]]) -> list[int]:
+    """The sums of the columns."""
+    return rows[0] if len(rows) == 1 else list(map(sum, zip(*rows, strict=True)))
+
+
+def _stretches(page: Page, marks: list[int]) -> list[Stretch]:
+    """A page's rows added up between steps that the run can go back to."""
+    groups: dict[int, list[int]] = {}
+    for place, step in enumerate(page.steps):
+        groups.setdefault(bisect_right(marks, step), []).append(place)
+    return [
+        Stretch(
+            page.session,
+            page.generation,
+            page.setting,
+            page.account,
+            min(page.steps[place] for place in places),
+            max(page.steps[place] for place in places),
+            added_up([page.rows[place] for place in places]),
+        )
+        for places in groups.values()
+    ]
 
 
 def _between(stretches: list[Stretch], marks: list[int]) -> list[Stretch]:
-    """Stretches of one generation, setting and account added up between steps that the run can go back to."""
-    return _added_up(
+    """Stretches of one part and account added up between steps that the run can go back to."""
+    return _merged(
         stretches,
-        lambda stretch: (
-            stretch.session,
-            stretch.generation,
-            stretch.setting,
-            stretch.account,
-            bisect_right(marks, stretch.from_step),
-        ),
+        lambda stretch: (*_part(stretch), stretch.account, bisect_right(marks, stretch.from_step)),
     )
 
 
@@ -146,13 +213,11 @@ def _part(stretch: Stretch) -> tuple[int, int, int]:
     return (stretch.session, stretch.generation, stretch.setting)
 
 
-def _added_up(stretches: list[Stretch], group: Callable[[Stretch], tuple[int, ...]]) -> list[Stretch]:
+def _merged(stretches: list[Stretch], group: Callable[[Stretch], tuple[int, ...]]) -> list[Stretch]:
     sums: dict[tuple[int, ...], Stretch] = {}
     for stretch in stretches:
-        key = group(stretch)
-        total = sums.get(key)
-        if total is None:
-            sums[key] = msgspec.structs.replace(stretch)
+        total = sums.setdefault(group(stretch), stretch)
+        if total is stretch:
             continue
         total.amounts = list(map(add, total.amounts, stretch.amounts))
         total.from_step = min(total.from_step, stretch.from_step)
