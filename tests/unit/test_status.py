@@ -22,6 +22,13 @@ def test_a_run_is_known_by_name_and_by_id(run: str) -> None:
     assert choose_run(TWO, run)[0] == "demo-1a2b3c"
 
 
+def test_the_name_is_what_the_run_says_not_what_its_id_begins_with() -> None:
+    answers: dict[str, dict[str, Any] | None] = {"demo-1a2b3c": {"run": "renamed"}}
+    assert choose_run(answers, "renamed")[0] == "demo-1a2b3c"
+    with pytest.raises(EnvironmentFailure):
+        choose_run(answers, "demo")
+
+
 def test_a_run_that_does_not_answer_is_known_by_its_ids_beginning() -> None:
     assert choose_run(TWO, "big-model") == ("big-model-4d5e6f", None)
 
