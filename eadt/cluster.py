@@ -21,6 +21,7 @@ from eadt.adapters.ray_probe import cluster_address, probe, use_token_at_hand
 from eadt.adapters.ray_train import draining_nodes, run_host_group
 from eadt.clock import monotonic_s
 from eadt.config import RunConfig
+from eadt.coordination.coordinator import LAST_SAVE_S
 from eadt.coordination.hosts import HOST_BEAT_S
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
@@ -199,7 +200,6 @@ class ClusterRun:
             .options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
             .remote(self._settings, str(self._config.run_folder))
         )
-        self._coordinator.announce.remote(ray.get_runtime_context().get_node_id(), os.getpid())
         self._run_reference = self._coordinator.run.remote()
         settings = self._settings
         self._supervisor = (
@@ -251,7 +251,7 @@ class ClusterRun:
                 fix="see Ray's logs; elastic.max_host_failures says how many lost hosts are forgiven",
             )
             self._ask(self._coordinator.fail.remote(error))
-        self._ask(self._run_reference)
+        ray.get(self._run_reference, timeout=LAST_SAVE_S + _CALL_TIMEOUT_S)
         end = self._ask(self._coordinator.snapshot.remote())
         return RunEnd(end["status"], end["final_model_path"], end["error"])
 
@@ -406,12 +406,16 @@ class ClusterRun:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )
             .remote(
-                agent_settings(config, settings, node_id, node_ip),
+                agent_settings(config, settings, node_id, node_ip, self._driver_pids(node_id)),
                 coordinator_name(settings.run_id),
             )
         )
         self._agents[node_id] = agent
         self._agent_starts[agent.start.remote()] = node_id
+
+    @staticmethod
+    def _driver_pids(node_id: str) -> tuple[int, ...]:
+        return (os.getpid(),) if ray.get_runtime_context().get_node_id() == node_id else ()
 
     def _ask(self, references: Any) -> Any:
         return ray.get(references, timeout=_CALL_TIMEOUT_S)

@@ -48,6 +48,9 @@ _PING_TIMEOUT_S = 3.0
 _FIRST_NODES_S = 120.0
 """How long a run waits at its start for the agents of all its hosts' nodes."""
 
+LAST_SAVE_S = 600.0
+"""How long a run that ends with an error takes to make its newest state durable, at most."""
+
 _PEER_LOST_GRACE_S = 0.5
 """How long to wait for the cause, when an engine only knows that another one has gone."""
 
@@ -66,6 +69,7 @@ class Coordinator:
         self._times: dict[str, NodeTime] = {}
         self._metered: dict[str, Metered] = {}
         self._own_pids: dict[str, set[int]] = {}
+        self._said: set[str] = set()
         self._draining: dict[str, float | None] = {}
         self._hosts = HostTable()
         self._num_recovering = 0
@@ -87,6 +91,7 @@ class Coordinator:
         self._setting = 0
         self._in_force: Setpoint | None = None
         self._interrupt_reason: str | None = None
+        self._failure: EadtError | None = None
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._busy: asyncio.Task[None] | None = None
@@ -101,16 +106,18 @@ class Coordinator:
         """Carry the run through to its end. Errors end the run, and are kept in ``error``."""
         try:
             await self._start()
-            while not self.is_over:
+            while not self.is_over and self._failure is None:
                 self._wake.clear()
                 self._reconcile()
                 self.recorder.tick(self._step)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), _TICK_S)
         except EadtError as error:
-            self._conclude("failed", error)
+            self.fail(error)
         except Exception as error:
-            self._conclude("failed", _internal(error))
+            self.fail(_internal(error))
+        if self._failure is not None and not self.is_over:
+            await self._conclude_failed(self._failure)
 
     @property
     def is_over(self) -> bool:
@@ -118,8 +125,7 @@ class Coordinator:
         return self.status in ("completed", "interrupted", "failed")
 
     async def _start(self) -> None:
-        if self.settings.resume:
-            await self._state.find_checkpoint()
+        await self._state.find_checkpoint()
         self._step = self._state.resumed_step
         self.recorder.book(
             SessionRow(
@@ -461,6 +467,8 @@ class Coordinator:
                 self._tell(generation, "exit")
                 if self.settings.mode == "restart":
                     self._busy = self._spawn(self._restart_from_storage())
+                elif self._wanted_placement() is None:  # paused, or no place to go on at: nobody takes it over
+                    self._spawn(self._state.persist("just_in_time"))
         elif self._state.is_checkpoint_due(self._step):
             self._spawn(self._state.persist("periodic"))
 
@@ -709,7 +717,7 @@ class Coordinator:
 
     async def _conclude_completed(self, generation: Generation) -> None:
         self.status = "saving"
-        await self._state.persist("final")
+        await self._state.persist_at_last("final")
         path = self.settings.job.final_model_path
         if path and self.settings.save_final_model and self._state.newest is not None:
             self._tell(generation, "export", self._state.newest, path, ranks={0})
@@ -723,8 +731,29 @@ class Coordinator:
 
     async def _conclude_interrupted(self) -> None:
         self.status = "saving"
-        await self._state.persist_unsaved()
+        await self._state.persist_at_last("just_in_time")
         self._conclude("interrupted")
+
+    async def _conclude_failed(self, error: EadtError) -> None:
+        """End with an error; the newest state in memory, which would go with the run, is made durable first."""
+        for generation in (self._current, self._next):
+            if generation is not None and generation.is_alive:
+                generation.phase = Phase.FAILED
+                self._kill(generation)
+        self._state.drop_lost()
+        if not self._state.is_durable:
+            self.status = "saving"
+        try:
+            async with asyncio.timeout(LAST_SAVE_S):
+                await self._state.persist_at_last("just_in_time")
+        except TimeoutError:
+            self.recorder.note(
+                "EADT-255", f"the newest state could not be saved within {LAST_SAVE_S:.0f} s, and is lost"
+            )
+        except Exception:
+            logger.exception("the newest state could not be saved")
+        finally:
+            self._conclude("failed", error)
 
     def _conclude(self, status: str, error: EadtError | None = None) -> None:
         if self.is_over:
@@ -752,8 +781,9 @@ class Coordinator:
         self._wake.set()
 
     def fail(self, error: EadtError) -> None:
-        """End the run at once: somebody outside found that it cannot go on."""
-        self._conclude("failed", error)
+        """End the run: it cannot go on. Its newest state is made durable; what follows is the first error's."""
+        if self._failure is None:
+            self._failure = error
         self._wake.set()
 
     # -- hosts and nodes ------------------------------------------------------------------------------
@@ -770,7 +800,9 @@ class Coordinator:
         self._nodes[info.node_id] = (info, client)
         self._draining.pop(info.node_id, None)
         for code, text in info.notes:
-            self.recorder.note(code, f"{info.hostname}: {text}")
+            if text not in self._said:  # many nodes are alike
+                self._said.add(text)
+                self.recorder.note(code, f"{info.hostname}: {text}")
         interval_s = self.settings.job.training.energy_monitoring_interval
         if interval_s < info.honest_window_s:
             self.recorder.note(
@@ -850,7 +882,7 @@ class Coordinator:
                 f"possible: {', '.join(map(str, self._feasible))}"
             )
             return {"accepted": False, "why": why}
-        if self.is_over or self._interrupt_reason is not None:
+        if self.is_over or self._interrupt_reason is not None or self._failure is not None:
             return {"accepted": False, "why": "the run is ending"}
         self._desired, self._desired_reason, self._decision_id = setpoint, reason, decision_id
         self._ahead_failed = None
@@ -944,9 +976,9 @@ class Coordinator:
             try:
                 await work
             except EadtError as error:
-                self._conclude("failed", error)
+                self.fail(error)
             except Exception as error:
-                self._conclude("failed", _internal(error))
+                self.fail(_internal(error))
             finally:
                 self._wake.set()
 

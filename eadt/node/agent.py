@@ -74,6 +74,7 @@ class AgentSettings:
         lease_s: How long engines train on without a host.
         run_key: Secret for reading state over the network, hexadecimal.
         preload_model_type: transformers model type that the fork server imports ahead.
+        driver_pids: The run's driver, where it runs on this node.
     """
 
     run_id: str
@@ -91,9 +92,16 @@ class AgentSettings:
     lease_s: float
     run_key: str
     preload_model_type: str = ""
+    driver_pids: tuple[int, ...] = ()
 
 
-def agent_settings(config: RunConfig, settings: RunSettings, node_id: str, node_ip: str) -> AgentSettings:
+def agent_settings(
+    config: RunConfig,
+    settings: RunSettings,
+    node_id: str,
+    node_ip: str,
+    driver_pids: tuple[int, ...] = (),
+) -> AgentSettings:
     """The settings of the agent of one node of a run."""
     return AgentSettings(
         run_id=settings.run_id,
@@ -111,6 +119,7 @@ def agent_settings(config: RunConfig, settings: RunSettings, node_id: str, node_
         lease_s=config.elastic.lease_s,
         run_key=settings.run_key,
         preload_model_type=str(config.training.model_config_overrides.get("model_type", "")),
+        driver_pids=driver_pids,
     )
 
 
@@ -168,11 +177,14 @@ class NodeAgent:
         self._server = StateServer(
             [self._folder, self._spill], settings.node_ip, bytes.fromhex(settings.run_key)
         )
-        self._store = CheckpointStore(settings.storage_path)
+        self._store = CheckpointStore(settings.storage_path, settings.run_id)
+        self._moved_bytes = 0
         self._metered = Metered()
         self._card_memory = DeviceCall(self._free_card_bytes, "the cards' free memory", _ASK_DEVICE_S)
         self._tenants = Tenants(
-            Path(settings.shared_memory_dir), settings.run_id, lambda: self._metered.own_pids
+            Path(settings.shared_memory_dir),
+            settings.run_id,
+            lambda: (*settings.driver_pids, *self._metered.own_pids),
         )
         self._sensors: _Sensors | None = None
         self._specs: dict[str, EngineSpec] = {}
@@ -216,9 +228,14 @@ class NodeAgent:
                 if component.is_gpu and component.source == "simulated"
             ),
             honest_window_s=max((c.honest_window_s for c in sensors.components), default=0.0),
-            notes=tuple(("EADT-350", sentence) for sentence in sensors.selection.not_chosen),
+            notes=tuple(("EADT-350", sentence) for sentence in self._worth_saying(sensors)),
             data_path=data_path,
         )
+
+    def _worth_saying(self, sensors: _Sensors) -> list[str]:
+        """Why sources are not used, without cards where there are none and nobody wants any."""
+        has_cards = self._settings.device == "cuda" or any(c.is_gpu for c in sensors.components)
+        return [text for text in sensors.selection.not_chosen if has_cards or not text.startswith("GPUs ")]
 
     def _start_sensors(self) -> _Sensors:
         """Find this node's sensors and begin to measure and to book. Touches devices."""
@@ -462,7 +479,7 @@ class NodeAgent:
         """Write this node's part of a saved state to the storage. Blocks."""
         source = StateSlot(self._folder / f"slot-{slot}", layout, writable=False)
         try:
-            return self._store.write_shard(step, index, source, spans, attempt)
+            return self._store.write_shard(step, index, source, spans, attempt, self._moved)
         finally:
             source.close()
 
@@ -474,9 +491,17 @@ class NodeAgent:
         """
         target = StateSlot(self._folder / f"slot-{slot}", manifest.layout, writable=True)
         try:
-            return self._store.restore(manifest, shards, target)
+            return self._store.restore(manifest, shards, target, self._moved)
         finally:
             target.close()
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that went to and came from the storage so far: whether transfers make progress."""
+        return self._moved_bytes
+
+    def _moved(self, num_bytes: int) -> None:
+        self._moved_bytes += num_bytes
 
 
 def _free_bytes(folder: Path) -> int:

@@ -334,7 +334,7 @@ class NodeBooking:
         self._open = _Interval(at_s, points, self._doing, at_s)
         share = self._shares.own_fraction() if self._shares is not None else None
         self._account_building(interval)
-        if share is not None:
+        if share is not None and self._held is None:
             self._own_fraction = share.fraction
             self._say_who_else(share)
         if at_s - interval.since_s <= 0.0 or not self._columns:
@@ -431,8 +431,8 @@ class NodeBooking:
     def _set_columns(self, metered: Metered) -> None:
         names = (*metered.components, *(unknown_name(gpu_id) for gpu_id in metered.unknown_gpus))
         columns = tuple(self._known.get(name) or self._unknown(name) for name in names)
-        if self._held is None and columns == self._columns:
-            return
+        if columns == (() if self._held is not None else self._columns):
+            return  # nothing is its to book, as before; or the same as before
         self._cut()
         held, self._held = self._held, None
         if held:

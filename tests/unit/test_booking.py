@@ -202,6 +202,8 @@ def test_what_came_before_the_first_host_is_kept_for_the_cpu_and_not_for_cards()
     node = Node([CPU, *GPUS], on_cpu=False)
     node.after(10.0)
     node.after(5.0)
+    node.booking.set_metered(Metered(own_pids=(7,)))  # the driver is here; hosts are to come
+    node.after(0.0)
     assert node.rows == []
     node.booking.set_metered(Metered(("cpu", "gpu1")))
     node.after(0.0)
