@@ -311,15 +311,15 @@ def why_partial(status: RunStatus, reason: str) -> str | None:
     heard = ""
     if status.heard_unix_s is not None:
         age = "" if status.age_s is None else f", {format_duration(status.age_s)} before this report"
-        heard = f" last heard of at {moment(status.heard_unix_s)}{age}"
+        heard = f" It was last heard of at {moment(status.heard_unix_s)}{age}."
     if status.status == "crashed":
         return (
-            f"The run ended without a word: it was{heard}. "
-            "What came after is unknown; the same command goes on from its last checkpoint."
+            f"The run ended without a word.{heard} What came after is unknown; the same command goes on from "
+            "its last checkpoint."
         )
     if status.status == "unknown":
-        return f"The ledger does not say how the run began or ended; it was{heard}."
-    return f"The run goes on; it was{heard}."
+        return f"The ledger does not say how the run began or ended.{heard}"
+    return f"The run goes on.{heard}"
 
 
 def _run(books: Books, status: RunStatus, reason: str, run_folder: Path) -> RunSummary:
