@@ -12,14 +12,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eadt.config import RunConfig
+    from eadt.measurement import measure
     from eadt.trainer import EnergyAdaptiveTrainer, TrainingResult
 
-__all__ = ["EnergyAdaptiveTrainer", "RunConfig", "TrainingResult", "__version__"]
+__all__ = ["EnergyAdaptiveTrainer", "RunConfig", "TrainingResult", "__version__", "measure"]
 
 _HOME = {
     "EnergyAdaptiveTrainer": "eadt.trainer",
     "TrainingResult": "eadt.trainer",
     "RunConfig": "eadt.config",
+    "measure": "eadt.measurement",
 }
 
 

@@ -102,6 +102,7 @@ class NvmlGpu:
     def __init__(self, nvml: Nvml, index: int, handle: Any) -> None:
         self.index = index
         self._nvml = nvml
+        self._name = f"GPU {index}"
         self._handle = handle
         self._opening = nvml.opening
         self._uuid: str | None = None
@@ -111,7 +112,7 @@ class NvmlGpu:
             opening = self._nvml.opening
             self._handle = self._nvml.handle(self.index, self._uuid)
             self._opening = opening
-        return self._nvml.call(function, self._handle, *args, of=f"GPU {self.index}")
+        return self._nvml.call(function, self._handle, *args, of=self._name)
 
     def _supports(self, function: str) -> bool:
         """Whether a reading works now; one that fails in passing counts as supported."""

@@ -32,6 +32,9 @@ UNKNOWN, KNOWN_AGAIN = "EADT-347", "EADT-348"
 # Shorter than this, two power readings say something about the time between them; and so many intervals.
 _LEAST_TRAPEZOID_S = 10.0
 _MOST_TRAPEZOID_INTERVALS = 10.0
+# How often is looked for what hangs: part of the time after which it counts as unknown, and at most so long.
+_WATCH_FRACTION = 0.25
+_MOST_WATCH_S = 2.5
 # A component that was not read for so many intervals is silent.
 _SILENT_INTERVALS = 2.5
 
@@ -120,6 +123,8 @@ class Meter:
         # Between two readings on the grid nothing is silent.
         self._stale_after_s = max(stale_after_s, self._fresh_s)
         self._history_s = history_s
+        # A cut sees by itself what hangs; where nobody cuts, there is no haste, and a wake-up costs.
+        self._watch_s = max(read_deadline_s, min(_WATCH_FRACTION * self._stale_after_s, _MOST_WATCH_S))
         self._sums = _Sums(clock)
         self._readers: Readers | None = None
         self._stopping = threading.Event()
@@ -158,7 +163,7 @@ class Meter:
             self._stopping = threading.Event()
             threading.Thread(
                 target=_watch,
-                args=(weakref.ref(self), readers, self._stopping, self._deadline_s),
+                args=(weakref.ref(self), readers, self._stopping, self._watch_s),
                 name="eadt-meter",
                 daemon=True,
             ).start()

@@ -45,13 +45,30 @@ class _Device:
 class _Lane:
     """One thread and the devices that it reads."""
 
-    __slots__ = ("devices", "due_s", "thread", "wake")
+    __slots__ = ("_bell", "devices", "due_s", "looked", "thread")
 
-    def __init__(self, lock: threading.Lock, due_s: float) -> None:
+    def __init__(self, due_s: float) -> None:
         self.devices: list[_Device] = []
         self.due_s = due_s
-        self.wake = threading.Condition(lock)
+        # The newest request for which it was seen that all devices have answered.
+        self.looked = 0
         self.thread: threading.Thread | None = None
+        # Locked while nobody has rung. A condition variable would do, at twice the price of a wake-up.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def ring(self) -> None:
+        """Wake the thread. Under the readers' lock."""
+        if self._bell.locked():
+            self._bell.release()
+
+    def wait(self, lock: threading.Lock, seconds: float) -> None:
+        """Open the lock, wait for a ring or for so long, and lock it again."""
+        lock.release()
+        try:
+            self._bell.acquire(timeout=seconds)
+        finally:
+            lock.acquire()
 
 
 class Readers:
@@ -84,7 +101,7 @@ class Readers:
         self._num_waiting = 0
         self._wanted = 0
         self._is_stopping = False
-        lane = _Lane(lock, clock.monotonic_s())
+        lane = _Lane(clock.monotonic_s())
         lane.devices = [_Device(source, component, lane) for source, component in devices]
         self._devices = {device.component.name: device for device in lane.devices}
         # The lane that others join.
@@ -102,7 +119,7 @@ class Readers:
         with self._lock:
             self._is_stopping = True
             for device in self._devices.values():
-                device.lane.wake.notify_all()
+                device.lane.ring()
             self._answers.notify_all()
 
     def join(self, timeout_s: float) -> None:
@@ -129,8 +146,8 @@ class Readers:
             wanted = self._wanted
             now_s = self._clock.monotonic_s()
             until_s = now_s + timeout_s
-            for lane in {id(device.lane): device.lane for device in self._devices.values()}.values():
-                lane.wake.notify()
+            for device in self._devices.values():
+                device.lane.ring()
             self._num_waiting += 1
             try:
                 while not self._is_stopping and self._awaits(wanted) and now_s < until_s:
@@ -174,7 +191,7 @@ class Readers:
             self._answers.notify_all()
 
     def _give_own_thread(self, device: _Device, due_s: float) -> None:
-        lane = device.lane = _Lane(self._lock, due_s)
+        lane = device.lane = _Lane(due_s)
         lane.devices = [device]
         self._start_thread(lane)
 
@@ -194,9 +211,11 @@ class Readers:
                 # On a fixed grid; readings that a busy machine made us miss are not caught up on.
                 lane.due_s = max(lane.due_s + self._interval_s, now_s)
                 return True
-            if any(device.answered < self._wanted for device in lane.devices):
-                return True
-            lane.wake.wait(lane.due_s - now_s)
+            if lane.looked != self._wanted:
+                if any(device.answered < self._wanted for device in lane.devices):
+                    return True
+                lane.looked = self._wanted
+            lane.wait(self._lock, lane.due_s - now_s)
         return False
 
     def _read_round(self, lane: _Lane) -> None:
@@ -241,7 +260,8 @@ class Readers:
         for device in lane.devices:
             device.lane = common
         common.devices = common.devices + lane.devices
-        common.wake.notify()
+        common.looked = 0
+        common.ring()
         lane.devices = []
 
 

@@ -32,6 +32,7 @@ class FakeGpu:
         event_reasons: Bits of ``nvmlClocksEventReason*``.
         processes: Number and bytes of each process that computes on it; bytes ``None``: not said.
         mps_processes: The same for clients of MPS; ``None``: the card has no MPS.
+        integrated_at_s: Up to when ``energy_j`` is; the fake's own.
     """
 
     name: str = "Fake H100"
@@ -56,6 +57,7 @@ class FakeGpu:
     event_reasons: int = 0
     processes: list[tuple[int, int | None]] = field(default_factory=list)
     mps_processes: list[tuple[int, int | None]] | None = field(default_factory=list)
+    integrated_at_s: float | None = field(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass
@@ -118,7 +120,8 @@ class FakeNvml:
         # Counts loads of the driver; what was initialised under another one answers nothing any more.
         self._load = self._initialised_load = 0
         self._integrating = threading.Lock()
-        self._integrated_at_s = self.clock.monotonic_s()
+        for gpu in self.gpus:
+            gpu.integrated_at_s = self.clock.monotonic_s()
 
     def __getattr__(self, name: str) -> Any:
         # Only the constants come from pynvml; a function that the fake lacks must not reach a driver.
@@ -144,16 +147,17 @@ class FakeNvml:
         """The driver is there again: counters at zero; handles and initialisations from before are dead."""
         self.driver_loaded = True
         self._load += 1
-        self._integrate()
         for gpu in self.gpus:
+            self._integrate(gpu)
             gpu.energy_j = 0.0
 
-    def _integrate(self) -> None:
+    def _integrate(self, gpu: FakeGpu) -> None:
         with self._integrating:
             now_s = self.clock.monotonic_s()
-            for gpu in self.gpus:
-                gpu.energy_j += gpu.power_w * (now_s - self._integrated_at_s)
-            self._integrated_at_s = now_s
+            gpu.energy_j += gpu.power_w * (
+                now_s - (now_s if gpu.integrated_at_s is None else gpu.integrated_at_s)
+            )
+            gpu.integrated_at_s = now_s
 
     def _enter(self, function: str, index: int | None = None) -> None:
         self.calls[function] += 1
@@ -180,8 +184,9 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
         if not supported:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        self._integrate()
-        return self.gpus[handle]
+        gpu = self.gpus[handle]
+        self._integrate(gpu)
+        return gpu
 
     def nvmlInit(self) -> None:
         """Count a reference, as NVML does."""

@@ -470,7 +470,8 @@ class TestHanging:
         assert points
 
     def test_where_nobody_asks_the_others_are_read_on(self, make, clock):
-        bench = make(part("gpu0"), part("gpu1"), interval_s=0.001).start(gpu0=0.0, gpu1=0.0)
+        bench = make(part("gpu0"), part("gpu1"), interval_s=0.001, stale_after_s=0.1)
+        bench.start(gpu0=0.0, gpu1=0.0)
         bench.source.hang("gpu0")
         clock.advance(0.01)
         assert bench.source.hanging.acquire(timeout=10.0)
@@ -499,8 +500,9 @@ class TestHanging:
             bench.source.hang(name)
             clock.advance(1.0)
             assert bench.source.hanging.acquire(timeout=10.0)
-            wait_until(lambda name=name: bench.meter._readers._devices[name].is_late, clock)
-            bench.cut(0.001)
+            clock.advance(DEADLINE_S)
+            bench.cut()
+            assert bench.meter._readers._devices[name].is_late
             bench.source.gates[name].set()
             for _ in range(15):
                 bench.cut(0.001)
@@ -745,7 +747,14 @@ class TestLife:
             heard.append(code)
             raise RuntimeError("the listener is broken")
 
-        meter = Meter([source], clock, 0.001, on_note=raise_on_note, read_deadline_s=DEADLINE_S)
+        meter = Meter(
+            [source],
+            clock,
+            0.001,
+            on_note=raise_on_note,
+            read_deadline_s=DEADLINE_S,
+            stale_after_s=0.1,
+        )
         source.errors["cpu"] = OSError("device gone")
         meter.start()
         clock.advance(100.0)
@@ -777,7 +786,7 @@ class TestLife:
     def test_ends_its_threads_with_itself(self, clock):
         source: PowerSource = Scripted(clock, part())
         source.energy_j["cpu"] = 0.0
-        meter = Meter([source], clock, 0.001, read_deadline_s=DEADLINE_S)
+        meter = Meter([source], clock, 0.001, read_deadline_s=DEADLINE_S, stale_after_s=0.1)
         meter.start()
         threads = [t for t in threading.enumerate() if t.name in ("eadt-reader", "eadt-meter")]
         assert len(threads) == 2

@@ -60,8 +60,10 @@ class NvmlSource:
         self._clock = clock
         self._components = tuple(_describe(gpu) for gpu in gpus)
         self._gpus = dict(zip((component.name for component in self._components), gpus, strict=True))
-        # Of each counter: opening of the library, moment and series of its last reading.
-        self._last: dict[str, tuple[int, float, int]] = {}
+        # Of each counter: opening of the library and moment of its last reading, and its series.
+        self._opening: dict[str, int] = {}
+        self._last_s: dict[str, float] = {}
+        self._series: dict[str, int] = {}
         # Cards whose last call failed as after a restart of the driver.
         self._gone: set[str] = set()
         self._reopening = threading.Lock()
@@ -89,7 +91,7 @@ class NvmlSource:
         Where the driver was restarted, the library is opened anew here, in the thread that reads.
         """
         gpu = self._gpus[component.name]
-        opening, begun_s = self._nvml.opening, self._clock.monotonic_s()
+        opening = self._nvml.opening
         energy_j = power_w = None
         try:
             if component.source == "nvml_energy_counter":
@@ -103,23 +105,23 @@ class NvmlSource:
         if self._gone:
             self._is_back(component.name)
         at_s = self._clock.monotonic_s()
-        series = 0 if energy_j is None else self._series(component, opening, begun_s, at_s, energy_j)
-        return Reading(component, at_s, energy_j, power_w, series=series)
+        series = 0 if energy_j is None else self._series_of(component, opening, at_s, energy_j)
+        return Reading(component, at_s, energy_j, power_w, None, series)
 
-    def _series(
-        self, component: Component, opening: int, begun_s: float, at_s: float, energy_j: float
-    ) -> int:
+    def _series_of(self, component: Component, opening: int, at_s: float, energy_j: float) -> int:
         """Counts the beginnings of a card's counter.
 
         After the library was opened anew a counter that is larger than before may have gone on; one so
         small that the card can have drawn it since the last reading may as well have begun at zero.
         """
-        last_opening, last_s, series = self._last.get(component.name, (opening, begun_s, 0))
-        assert component.greatest_power_w is not None
-        if opening != last_opening and energy_j <= component.greatest_power_w * (at_s - last_s):
-            series += 1
-        self._last[component.name] = (opening, at_s, series)
-        return series
+        name = component.name
+        if self._opening.setdefault(name, opening) != opening:
+            self._opening[name] = opening
+            assert component.greatest_power_w is not None
+            if energy_j <= component.greatest_power_w * (at_s - self._last_s[name]):
+                self._series[name] = self._series.get(name, 0) + 1
+        self._last_s[name] = at_s
+        return self._series.get(name, 0)
 
     def _reopen(self, name: str) -> None:
         """Open the library anew if a second call in a row failed so, and not too often."""
