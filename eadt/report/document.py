@@ -7,7 +7,7 @@ is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.record.books import Books
 from eadt.record.figures import DeviceTally, NodeTally, NotMeasured, PartTally, Series, SessionTally
 from eadt.record.ledger import Damage, OpenedLedger, open_books
-from eadt.record.rows import USES, DecisionRow, Use
+from eadt.record.rows import USES, DecisionRow
 from eadt.record.status import RunStatus, run_status
 from eadt.report.words import listed, moment
 from eadt.units import Quantity, format_duration
@@ -60,11 +60,13 @@ class Energy(_Frozen):
     """Energy in J. The values of each split sum to the total, exactly; of missing uses the value is 0."""
 
     total: Quantity | None = Field(description="All measured energy; null when nothing was measured.")
-    by_use: dict[Use, Quantity | None] = Field(description="What it was for; see docs/ledger.md.")
+    by_use: dict[str, Quantity | None] = Field(
+        description=f"What it was for: {', '.join(USES)}; see docs/ledger.md."
+    )
     by_component: dict[str, Quantity] = Field(description="Over all nodes: cpu, dram, gpu0...")
     by_quality: dict[str, Quantity] = Field(description="measured, estimated, simulated or stale.")
     by_node: dict[str, Quantity] = Field(description="By Ray node id.")
-    shared_out: dict[Use, float] = Field(
+    shared_out: dict[str, float] = Field(
         description="J that a model, not a reading, gave to each use. They are within by_use."
     )
     foreign: dict[str, float] = Field(
@@ -205,7 +207,7 @@ class Report(_Frozen):
     partial_reason: str | None
     run: RunSummary
     energy_j: Energy
-    seconds_by_use: dict[Use, float] = Field(description="The whole job's time in s.")
+    seconds_by_use: dict[str, float] = Field(description="The whole job's time in s.")
     samples: int | None = Field(description="Samples in steps that count.")
     tokens: int | None = Field(description="Tokens in steps that count.")
     lost_samples: int | None = Field(description="Samples whose steps were undone by a rollback.")
@@ -266,17 +268,24 @@ def _setting(part: PartTally) -> Setting:
     )
 
 
+def _uses(books: Books) -> list[str]:
+    """All uses, and after them what else rows may have called one: it is in the total."""
+    found = {*books.energy_by("use"), *books.shared_out_j, *books.seconds_by_use}
+    return [*USES, *sorted(found - {*USES})]
+
+
 def _energy(books: Books) -> Energy:
     total = books.energy()
-    by_use: Mapping[str, Quantity] = books.energy_by("use")
+    by_use = books.energy_by("use")
+    uses = _uses(books)
     none = None if total is None else Quantity(0.0, 0.0)
     return Energy(
         total=total,
-        by_use={use: by_use.get(use, none) for use in USES},
+        by_use={use: by_use.get(use, none) for use in uses},
         by_component=books.energy_by("component"),
         by_quality=books.energy_by("quality"),
         by_node=books.energy_by("node"),
-        shared_out={use: books.shared_out_j.get(use, 0.0) for use in USES},
+        shared_out={use: books.shared_out_j.get(use, 0.0) for use in uses},
         foreign=books.foreign_j,
         shared_machine_s=books.shared_machine_s,
         not_measured=books.not_measured,
@@ -392,7 +401,7 @@ def report_from(books: Books, damage: Damage, run_folder: Path, now_unix_s: floa
         partial_reason=partial_reason,
         run=run,
         energy_j=_energy(books),
-        seconds_by_use={use: books.seconds_by_use.get(use, 0.0) for use in USES},
+        seconds_by_use={use: books.seconds_by_use.get(use, 0.0) for use in _uses(books)},
         samples=books.samples,
         tokens=books.tokens,
         lost_samples=books.lost_samples,

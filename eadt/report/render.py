@@ -152,9 +152,8 @@ def _panels(report: Report) -> list[svg.Panel]:
     settings_at_s = [at_s for at_s, _ in series.settings]
 
     def settings_line(name: str, css: str, key: str) -> svg.Line:
-        values = [
-            None if (value := setpoint.get(key)) is None else float(value) for _, setpoint in series.settings
-        ]
+        found = [setpoint.get(key) for _, setpoint in series.settings]
+        values = [float(value) if isinstance(value, int | float) else None for value in found]
         return svg.Line(name, css, settings_at_s, values, steps=True)
 
     losses = [_loss_line("training", "c-1", series.loss.points)]
@@ -207,16 +206,20 @@ def _loss_line(
 # -- tables -------------------------------------------------------------------------------------------------
 
 
+def _use_css(use: str) -> str:
+    return f"u-{use}" if use in USES else "u-other"
+
+
 def _use_rows(report: Report) -> list[dict[str, Any]]:
     energy = report.energy_j
     total_j = energy.total.value if energy.total is not None else 0.0
     rows = []
-    for use in USES:
-        part = energy.by_use[use]
+    for use, part in energy.by_use.items():
         rows.append(
             {
                 "use": use,
-                "meaning": _USE_MEANINGS[use],
+                "css": _use_css(use),
+                "meaning": _USE_MEANINGS.get(use, "not a use that this version knows"),
                 "energy": part,
                 "percentage": 100 * part.value / total_j if part is not None and total_j else None,
                 "shared_out": _shared_out(energy.shared_out[use], part),
@@ -423,7 +426,12 @@ def _context(report: Report) -> dict[str, Any]:
         "hostname": lambda node: hostnames.get(node, node),
         "tiles": _tiles(report),
         "use_rows": _use_rows(report),
-        "band_uses": [use for use in USES if any(band == use for _, _, band in report.series.uses)],
+        "uses": USES,
+        "band_uses": [
+            (use, _use_css(use))
+            for use in report.energy_j.by_use
+            if any(band == use for _, _, band in report.series.uses)
+        ],
         "energy_remarks": _energy_remarks(report),
         "settings": [_setting_row(part) for part in report.settings],
         "decisions": decisions,
@@ -507,7 +515,7 @@ def render_html(report: Report) -> str:
     """The report as one HTML page that needs nothing from outside itself."""
     context = _context(report)
     bands = [
-        svg.Band(from_s, to_s, f"u-{use}", f"{use}, {format_duration(to_s - from_s)}")
+        svg.Band(from_s, to_s, _use_css(use), f"{use}, {format_duration(to_s - from_s)}")
         for from_s, to_s, use in report.series.uses
     ]
     context["timeline"] = Markup(
@@ -522,7 +530,7 @@ def render_html(report: Report) -> str:
     context["use_bar"] = Markup(
         svg.stacked_bar(
             [
-                (use, f"u-{use}", part.value, format_quantity(part, "J"))
+                (use, _use_css(use), part.value, format_quantity(part, "J"))
                 for use, part in report.energy_j.by_use.items()
                 if part is not None
             ],

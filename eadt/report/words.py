@@ -71,7 +71,12 @@ def percentage(fraction: float) -> str:
 
 def moment(unix_s: float | None) -> str:
     """A wall time in UTC."""
-    return "" if unix_s is None else f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    if unix_s is None:
+        return ""
+    try:
+        return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):  # a damaged row may say anything
+        return "an impossible time"
 
 
 def setpoint(values: Any) -> str:
@@ -81,10 +86,10 @@ def setpoint(values: Any) -> str:
     parts = [workers(values.get("num_workers"), values.get("mps_active_thread_percentage"))]
     limit_w = values.get("power_limit_w")
     if limit_w is not None:
-        parts.append(f"{limit_w:.0f} W limit")
+        parts.append(f"{_whole(limit_w)} W limit")
     num_frozen = values.get("num_frozen_layers")
     if num_frozen:
-        parts.append(f"{num_frozen} frozen layer{'s' if num_frozen > 1 else ''}")
+        parts.append(f"{num_frozen} frozen layer{'' if num_frozen == 1 else 's'}")
     if values.get("paused"):
         parts.append("paused")
     return ", ".join(part for part in parts if part)
@@ -95,7 +100,12 @@ def workers(num_workers: Any, share: Any) -> str:
     if num_workers is None:
         return ""
     text = "1 worker" if num_workers == 1 else f"{num_workers} workers"
-    return text if share is None else f"{text} at {share:.0f} %"
+    return text if share is None else f"{text} at {_whole(share)} %"
+
+
+def _whole(value: Any) -> str:
+    """A number without decimals; whatever else a setpoint may hold as it is."""
+    return f"{value:.0f}" if isinstance(value, int | float) else str(value)
 
 
 def difference(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:

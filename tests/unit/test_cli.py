@@ -436,6 +436,30 @@ def test_report_of_a_run_that_is_not_there_names_those_that_are(folder: Path) ->
     assert "runs here: demo" in result.stderr
 
 
+def test_a_run_whose_name_can_be_no_folder_is_not_there(folder: Path) -> None:
+    result = eadt("report", "x" * 5000)
+    assert result.exit_code == 2
+    assert "EADT-331" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "status"])
+def test_a_run_into_which_one_may_not_look_is_said_to_be_one(
+    folder: Path, no_cluster: None, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    write_ledger(Path("runs/demo"))
+    is_dir = Path.is_dir
+
+    def refuse(self: Path) -> bool:  # the tests may run as root
+        if self.name == "ledger":
+            raise PermissionError(13, "Permission denied")
+        return is_dir(self)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    result = eadt(command, "runs/demo")
+    assert result.exit_code == 3
+    assert "EADT-334: the run in runs/demo cannot be read: Permission denied" in result.stderr
+
+
 def test_report_refuses_an_unknown_format(folder: Path) -> None:
     write_ledger(Path("runs/demo"))
     result = eadt("report", "demo", "--format", "pdf")

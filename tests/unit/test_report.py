@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,13 +42,15 @@ from eadt.report import (
     render_json,
     render_markdown,
     report_json_schema,
+    words,
     write_report,
 )
 from eadt.report.svg import ticks
-from eadt.report.words import cell, difference, number, pairs, percentage, throttling
+from eadt.report.words import cell, difference, moment, number, pairs, percentage, throttling
 from eadt.testing.clock import FakeClock
 from eadt.units import Quantity
 from tests.unit.ledger_factory import NODE, OTHER, START_UNIX_S, Rows, setpoint, synthetic_run, training
+from tests.unit.status_factory import TWO
 
 ROOT = Path(__file__).parents[2]
 LONG_AFTER = FakeClock(unix_s=START_UNIX_S + 86_400)
@@ -412,11 +415,11 @@ def _at(seconds: float) -> Clock:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "status", "words"),
+    ("seconds", "status", "sentence"),
     [(20.0, "running", "The run goes on"), (1000.0, "crashed", "ended without a word")],
 )
 def test_a_run_without_an_end_goes_on_while_it_is_heard_of(
-    tmp_path: Path, seconds: float, status: str, words: str
+    tmp_path: Path, seconds: float, status: str, sentence: str
 ) -> None:
     report = build_report(training().write(tmp_path), _at(seconds))
     assert report.partial
@@ -424,7 +427,7 @@ def test_a_run_without_an_end_goes_on_while_it_is_heard_of(
     assert report.sessions[-1].status == status
     assert report.run.ended_unix_s is None
     assert report.partial_reason is not None
-    assert words in report.partial_reason
+    assert sentence in report.partial_reason
     assert "last heard of at 2025-06-15 15:06:55 UTC" in report.partial_reason
     for text in (text_of(report), render_markdown(report)):
         assert report.partial_reason in text
@@ -528,6 +531,53 @@ def test_a_file_of_a_newer_version_is_left_out_and_named(tmp_path: Path) -> None
     assert "newer version" in text_of(report)
 
 
+def test_energy_of_a_use_that_is_not_known_is_in_the_total_and_in_its_parts(tmp_path: Path) -> None:
+    rows = training()
+    rows.energy(15.0, 20.0, 150.0, use="<tea>")
+    report = build_report(rows.write(tmp_path), LONG_AFTER)
+    assert report.energy_j.total is not None
+    assert values_of(report.energy_j.by_use)["<tea>"] == 150.0
+    assert sum(values_of(report.energy_j.by_use).values()) == report.energy_j.total.value == 600.0
+    assert "<tea> not a use that this version knows" in text_of(report)
+
+
+def test_a_setpoint_that_holds_words_is_shown_and_not_drawn(tmp_path: Path) -> None:
+    rows = training()
+    rows.generation(15.0, 2, 2, setpoint={"num_workers": "many", "mps_active_thread_percentage": 50})
+    report = build_report(rows.write(tmp_path), LONG_AFTER)
+    assert "many workers at 50 %" in text_of(report)
+
+
+def _spoil(value: Any, dice: random.Random) -> Any:
+    """The same with one value in it that makes no sense, or gone."""
+    if isinstance(value, dict) and value:
+        name = dice.choice(list(value))
+        rest = {key: part for key, part in value.items() if key != name}
+        return rest if dice.random() < 0.1 else rest | {name: _spoil(value[name], dice)}
+    if isinstance(value, list) and value:
+        place = dice.randrange(len(value))
+        return [*value[:place], _spoil(value[place], dice), *value[place + 1 :]]
+    return dice.choice([0, -1, 1e308, -1e308, 2**63, 2**70, "x", None, True, [], {}, 0.5, 1e-300, 1e15])
+
+
+def test_whatever_a_ledger_says_its_report_is_made_and_adds_up(tmp_path: Path) -> None:
+    lines = (
+        (synthetic_run().write(tmp_path / "whole") / "ledger" / "events-1.jsonl").read_bytes().splitlines()
+    )
+    for seed in range(40):
+        dice = random.Random(seed)
+        spoilt = list(lines)
+        for place in dice.sample(range(len(lines)), 8):
+            spoilt[place] = json.dumps(_spoil(json.loads(lines[place]), dice)).encode()
+        folder = _ledger_of(tmp_path / str(seed), b"\n".join(spoilt))
+        report = build_report(folder, LONG_AFTER)
+        render_html(report), render_markdown(report)
+        energy = json.loads(render_json(report), parse_float=Decimal, parse_int=Decimal)["energy_j"]
+        for split in ("by_use", "by_component", "by_quality", "by_node"):
+            parts = sum(part["value"] for part in energy[split].values())
+            assert parts == energy["total"]["value"], (seed, split)
+
+
 def _ledger_of(folder: Path, content: bytes) -> Path:
     (folder / "ledger").mkdir(parents=True)
     (folder / "ledger" / "events-1.jsonl").write_bytes(content)
@@ -535,7 +585,7 @@ def _ledger_of(folder: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "code", "words"),
+    ("content", "error", "code", "sentence"),
     [
         (b"", ConfigError, "EADT-332", "no row that can be used yet"),
         (b'\x00\x00\x00\n{"type": "ru', ConfigError, "EADT-332", "events-1.jsonl:1"),
@@ -544,12 +594,12 @@ def _ledger_of(folder: Path, content: bytes) -> Path:
     ],
 )
 def test_a_ledger_of_which_nothing_can_be_read_is_an_error_that_says_why(
-    tmp_path: Path, content: bytes, error: type[Exception], code: str, words: str
+    tmp_path: Path, content: bytes, error: type[Exception], code: str, sentence: str
 ) -> None:
     with pytest.raises(error) as caught:
         build_report(_ledger_of(tmp_path, content))
     assert caught.value.code == code  # type: ignore[attr-defined]
-    assert words in str(caught.value)
+    assert sentence in str(caught.value)
 
 
 def test_a_ledger_that_may_not_be_read_is_an_error_of_the_environment(
@@ -617,6 +667,20 @@ def test_words() -> None:
     assert pairs({"power_w": 420.04, "samples_per_second": 10.5, "x": None}) == "power 420 W, 10.5 samples/s"
     assert number(None, "W") == "not measured"
     assert cell("a|b\n<i>\\") == "a\\|b &lt;i>\\\\"
+
+
+def test_what_makes_no_sense_is_said_without_raising() -> None:
+    assert [moment(at) for at in (0.0, 1e15, -1e18, 1e30)] == ["1970-01-01 00:00:00 UTC"] + 3 * [
+        "an impossible time"
+    ]
+    odd = {
+        "num_workers": "x",
+        "mps_active_thread_percentage": [],
+        "power_limit_w": {},
+        "num_frozen_layers": "y",
+    }
+    assert words.setpoint(odd) == "x workers at [] %, {} W limit, y frozen layers"
+    assert words.setpoint({**TWO, "power_limit_w": 250.0}) == "2 workers at 50 %, 250 W limit"
 
 
 def test_a_fraction_is_all_or_nothing_only_where_it_is() -> None:
