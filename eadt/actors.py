@@ -24,6 +24,7 @@ from eadt.coordination.metering import Metered
 from eadt.coordination.nodes import NodeInfo, NodeReading
 from eadt.coordination.outbox import Item, Outbox
 from eadt.coordination.placement import Host
+from eadt.coordination.progress import while_it_moves
 from eadt.coordination.recorder import Recorder, begin_ledger
 from eadt.coordination.settings import RunSettings
 from eadt.errors import EadtError, EnvironmentFailure
@@ -38,6 +39,7 @@ from eadt.training.state import Span, StateLayout
 NAMESPACE = "eadt"
 
 _CALL_TIMEOUT_S = 600.0
+_MOVED_TIMEOUT_S = 30.0
 _DELIVERY_S = 30.0
 _FLUSH_S = 30.0
 _LEDGER_CLOSE_S = 30.0
@@ -97,15 +99,22 @@ class RayNodeClient:
     ) -> Shard:
         """See ``NodeClient``."""
         reference = self._handle.write_shard.remote(step, index, slot, layout, spans, attempt)
-        shard: Shard = await self._call(reference)
+        shard: Shard = await self._carry(reference)
         return shard
 
     async def restore(self, manifest: Manifest, shards: Sequence[int], slot: int) -> list[Span]:
         """See ``NodeClient``."""
-        spans: list[Span] = await self._call(self._handle.restore.remote(manifest, shards, slot))
+        spans: list[Span] = await self._carry(self._handle.restore.remote(manifest, shards, slot))
         return spans
 
-    async def _call(self, reference: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+    async def _carry(self, reference: Any) -> Any:
+        """The result of a call that writes or reads the storage: it may take as long as bytes move."""
+        return await while_it_moves(self._call(reference, None), self._moved_bytes)
+
+    async def _moved_bytes(self) -> int:
+        return int(await self._call(self._handle.moved_bytes.remote(), _MOVED_TIMEOUT_S))
+
+    async def _call(self, reference: Any, timeout_s: float | None = _CALL_TIMEOUT_S) -> Any:
         try:
             return await asyncio.wait_for(reference, timeout_s)
         except ray.exceptions.RayTaskError as error:
@@ -371,3 +380,7 @@ class NodeAgentActor:
     async def restore(self, manifest: Manifest, shards: Sequence[int], slot: int) -> list[Span]:
         """Read shards of a checkpoint."""
         return await asyncio.to_thread(self._agent.restore, manifest, shards, slot)
+
+    async def moved_bytes(self) -> int:
+        """Bytes that went to and came from the storage so far."""
+        return self._agent.moved_bytes

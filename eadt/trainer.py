@@ -7,7 +7,6 @@ before Ray is started.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -15,7 +14,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,28 @@ from typing import Any
 from eadt.clock import monotonic_s
 from eadt.cluster import Cluster, ClusterRun, Devices
 from eadt.config import RunConfig, inactive_settings, load_config, require_paths
+from eadt.control.batch import feasible_worker_counts
 from eadt.control.batch_check import check_batch
+from eadt.control.policy import workers_per_device
 from eadt.control.presets import initial_setpoint, max_workers
+from eadt.control.setpoint import Setpoint
 from eadt.coordination.settings import RunSettings
-from eadt.errors import ConfigError, EadtError
+from eadt.errors import ConfigError, EadtError, EnvironmentFailure
 from eadt.report import Report, build_report, write_report
-from eadt.training.checkpoint import CheckpointStore
+from eadt.training.checkpoint import (
+    Manifest,
+    RunFile,
+    RunPlace,
+    SampleOrder,
+    Storage,
+    runs_in,
+)
 from eadt.training.data import PreparedData, check_dataset, default_cache_dir, prepare_dataset
 from eadt.training.engine_spec import TrainingJob
 
 EventSink = Callable[[dict[str, Any]], None]
 
 _VERSIONS_OF = ("eadt", "ray", "torch", "deepspeed", "transformers", "datasets")
-_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class EnergyAdaptiveTrainer:
         on_event: Gets dictionaries on what happens, each with a ``type``: ``phase``, ``progress``,
             ``decision``, ``resize``, ``validation``, ``checkpoint``, ``fault`` or ``note``. Called
             from one background thread.
-        fresh: Remove an earlier run of that name instead of going on with it.
+        fresh: Begin a new run; what was begun in the run's folder before is removed with its checkpoints,
+            wherever they lie, once all that can be checked before Ray is started is well.
     """
 
     def __init__(
@@ -94,36 +103,52 @@ class EnergyAdaptiveTrainer:
         """
         config = _absolute(self._config)
         require_paths(config)
-        folder = config.run_folder
         if self._fresh:
-            _remove_run(folder, config.storage_path)
-        run_id = _run_id(folder, config.run.name)
-        store = CheckpointStore(config.storage_path)
-        store.check_writable()
+            _require_a_run(config.run_folder)
+        run = identify_run(config, fresh=self._fresh)
+        Storage(config.storage_path).check_writable()
         for sentence in inactive_settings(config):
-            self._on_event({"type": "note", "code": "EADT-205", "text": sentence})
+            self._note("EADT-205", sentence)
         data = self._prepare_data(config)
-        _check_early(config, data)
-        _check_checkpoint(config, data, store)
+        checkpoint = _find_checkpoint(config, run)
+        order = checkpoint.order if checkpoint is not None else None
+        _check_early(_with_batch_of(order, config), data)
+        if checkpoint is not None:
+            _check_checkpoint(config, data, run, checkpoint)
+        if not run.earlier and (self._fresh or not (config.run_folder / RunFile.NAME).exists()):
+            self._name_others(config)
+        if self._fresh:
+            run = self._remove_earlier(config, run)
         self._phase(_starting_ray(config))
         cluster = Cluster.connect(config)
         try:
-            return self._run(config, run_id, data, cluster)
+            return self._run(config, run, order, data, cluster)
         finally:
             cluster.disconnect()
 
     def _run(
-        self, config: RunConfig, run_id: str, data: PreparedData | None, cluster: Cluster
+        self,
+        config: RunConfig,
+        run_file: RunFile,
+        order: SampleOrder | None,
+        data: PreparedData | None,
+        cluster: Cluster,
     ) -> TrainingResult:
         devices = cluster.devices(config)
-        settings = run_settings(config, run_id, devices, data)
+        settings = run_settings(config, run_file.run_id, devices, data, order)
+        batch = config.train_batch_size(settings.setpoint.num_workers)
+        if batch != settings.train_batch_size:
+            self._note(
+                "EADT-258",
+                f"the global batch stays {settings.train_batch_size}, as in the checkpoint: with "
+                f"{settings.setpoint.num_workers} workers a new run would have {batch}",
+            )
         self._phase(
             f"training on {devices.describe()}, {settings.setpoint.describe()}, "
             f"global batch {settings.train_batch_size}, {settings.job.max_steps} steps"
         )
         folder = config.run_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RUN_FILE).write_text(json.dumps({"run_id": run_id, "name": config.run.name}))
+        run_file.write(folder)
         with cluster.start_run(config, settings, devices, self._on_event) as run, _ctrl_c(run.interrupt):
             self._cluster_run = run
             for reason in self._interrupts:  # asked for before there was anything to end
@@ -149,9 +174,46 @@ class EnergyAdaptiveTrainer:
         self._phase("preparing the data")
         data = prepare_dataset(training, default_cache_dir(), config.run.seed, self._phase)
         for note in data.notes:
-            self._on_event({"type": "note", "code": "EADT-220", "text": note})
+            self._note("EADT-220", note)
         self._phase(f"data ready in {monotonic_s() - begun_s:.1f} s: {data.describe()}")
         return data
+
+    def _remove_earlier(self, config: RunConfig, run: RunFile) -> RunFile:
+        """Remove what was begun in the run's folder before; returns the run, which knows what is left."""
+        left = []
+        for place in run.earlier:
+            try:
+                files = place.store(config.run_folder).remove()
+            except EnvironmentFailure as error:
+                files = [error.what]
+            if files:
+                left.append(place)
+                self._note(
+                    "EADT-355",
+                    f"checkpoints of {place.run_id}, a run that was to be removed, are still in "
+                    f"{place.storage_path or config.run_folder} ({files[0]}); this run does not use them, "
+                    "and the next --fresh tries again",
+                )
+        if config.run_folder.exists():
+            shutil.rmtree(config.run_folder)
+        run = replace(run, earlier=tuple(left))
+        run.write(config.run_folder)
+        return run
+
+    def _name_others(self, config: RunConfig) -> None:
+        """Say which runs of this name lie in the storage: the folder that knows them may have been lost."""
+        runs = runs_in(Storage(config.storage_path)) if config.storage.path is not None else []
+        others = [run_id for run_id in runs if run_id.rpartition("-")[0] == config.run.name]
+        if others:
+            self._note(
+                "EADT-259",
+                f"{config.storage_path} holds checkpoints of other runs that are called {config.run.name} "
+                f"({', '.join(others)}). They are left alone: which run is gone on with stands in "
+                f"{config.run_folder / RunFile.NAME}, which is new: let run.folder outlive the job",
+            )
+
+    def _note(self, code: str, text: str) -> None:
+        self._on_event({"type": "note", "code": code, "text": text})
 
     def _phase(self, text: str) -> None:
         self._on_event({"type": "phase", "text": text})
@@ -176,25 +238,105 @@ def _check_early(config: RunConfig, data: PreparedData | None) -> None:
         )
 
 
-def _check_checkpoint(config: RunConfig, data: PreparedData | None, store: CheckpointStore) -> None:
-    """Refuse, before anything is started, to go on from a checkpoint of another model."""
-    if config.checkpoint.resume == "never" or data is None or config.training.train_function:
-        return
-    if not store.steps():
-        return
-    manifest, _ = store.newest_valid(None, deep=False)
-    if manifest is None:
+def identify_run(config: RunConfig, *, fresh: bool = False) -> RunFile:
+    """Which run this is: the one that the run's folder holds, or a new one.
+
+    A new one where the folder holds none, with ``fresh``, and with ``checkpoint.resume: never``: it then
+    has a folder of its own beside the checkpoints of the one before, which stay.
+
+    Raises:
+        ConfigError: EADT-254, the folder does not say which run it holds.
+    """
+    try:
+        found = RunFile.read(config.run_folder)
+    except ConfigError:
+        if not fresh:
+            raise
+        found = None
+    if found is None:
+        return RunFile.begin(config.run.name, config.storage.path)
+    if fresh or config.checkpoint.resume == "never":
+        return RunFile.begin(config.run.name, config.storage.path, found.places)
+    return found.moved_to(config.storage.path)
+
+
+def _find_checkpoint(config: RunConfig, run: RunFile) -> Manifest | None:
+    """The checkpoint that the run would go on from, by its sizes; ``None`` for the beginning.
+
+    Raises:
+        ConfigError: EADT-257, the run's checkpoints lie in another storage.
+    """
+    newest, _ = run.place.store(config.run_folder).newest_valid(None, deep=False)
+    if newest is None:
+        for before in run.earlier:
+            if before.run_id == run.run_id and _has_checkpoints(before, config.run_folder):
+                raise _other_settings(
+                    run,
+                    "the checkpoints of this run are not in its storage",
+                    [
+                        f"storage.path: was {before.storage_path or 'not set'}, "
+                        f"is {config.storage.path or 'not set'}"
+                    ],
+                )
+    return newest
+
+
+def _has_checkpoints(place: RunPlace, folder: Path) -> bool:
+    try:
+        return bool(place.store(folder).steps())
+    except EadtError:
+        return False  # a storage that is no more
+
+
+def _with_batch_of(order: SampleOrder | None, config: RunConfig) -> RunConfig:
+    """The configuration with the global batch of the run's checkpoint, unless it names one itself."""
+    if order is None or config.training.train_batch_size is not None:
+        return config
+    named = config.training.model_copy(update={"train_batch_size": order.train_batch_size})
+    return config.model_copy(update={"training": named})
+
+
+def _sample_order(config: RunConfig, batch: int, data: PreparedData | None) -> SampleOrder:
+    return SampleOrder(
+        train_batch_size=batch,
+        seed=config.run.seed,
+        sequence_length=config.training.sequence_length,
+        data_fingerprint=data.content_fingerprint if data is not None else None,
+        data_source=data.source if data is not None else None,
+    )
+
+
+def _check_checkpoint(
+    config: RunConfig, data: PreparedData | None, run: RunFile, checkpoint: Manifest
+) -> None:
+    """Refuse, before anything is started, to go on where samples would be lost or the model is another.
+
+    Raises:
+        ConfigError: EADT-257, other batch, seed, sequence length or data; EADT-251, another model.
+    """
+    if checkpoint.order is not None:
+        batch = config.training.train_batch_size or checkpoint.order.train_batch_size
+        differences = checkpoint.order.differences(_sample_order(config, batch, data))
+        if differences:
+            raise _other_settings(
+                run,
+                f"the checkpoint of step {checkpoint.step} of this run was made with other settings; with "
+                "these, samples would be lost and repeated",
+                differences,
+            )
+    if data is None or config.training.train_function:
         return
     from eadt.training.models import build_model
 
     model = build_model(config.training, data.vocab_size, meta=True)
     wanted = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    found = dict(zip(manifest.layout.names, manifest.layout.shapes, strict=True))
+    found = dict(zip(checkpoint.layout.names, checkpoint.layout.shapes, strict=True))
     different = sorted(name for name in wanted if found.get(name) != wanted[name])
     if different:
         name = different[0]
+        store = run.place.store(config.run_folder)
         raise ConfigError(
-            f"{store.storage.display('checkpoints')} holds a checkpoint (step {manifest.step}) of another "
+            f"{store.storage.display(store.folder)} holds a checkpoint (step {checkpoint.step}) of another "
             f"model: {name} is {found.get(name, 'missing')} there and {wanted[name]} here",
             code="EADT-251",
             means="nothing was started, and the checkpoint is untouched",
@@ -202,8 +344,32 @@ def _check_checkpoint(config: RunConfig, data: PreparedData | None, store: Check
         )
 
 
-def run_settings(config: RunConfig, run_id: str, devices: Devices, data: PreparedData | None) -> RunSettings:
+def _other_settings(run: RunFile, what: str, differences: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{what} ({run.run_id}):\n    " + "\n    ".join(differences),
+        code="EADT-257",
+        means="nothing was started, and the checkpoints are untouched",
+        fix="set them back to go on, or train a run of its own with another run.name, or remove this one and "
+        "start over with --fresh",
+    )
+
+
+def run_settings(
+    config: RunConfig,
+    run_id: str,
+    devices: Devices,
+    data: PreparedData | None,
+    order: SampleOrder | None = None,
+) -> RunSettings:
     """What the coordinator needs to know, from the configuration and what there is to train on.
+
+    Args:
+        config: The run.
+        run_id: Its id.
+        devices: What there is to train on.
+        data: The prepared data; ``None`` where the run brings its own.
+        order: Of the checkpoint that the run goes on from: its batch is kept on other devices, by fewer
+            workers where these cannot all hold it; ``None`` for a new run.
 
     Raises:
         ConfigError: EADT-210, a number of workers cannot hold the batch; or the data is too short.
@@ -212,6 +378,10 @@ def run_settings(config: RunConfig, run_id: str, devices: Devices, data: Prepare
     precision = training.precision or ("bf16" if devices.is_gpu else "fp32")
     setpoint = initial_setpoint(config, devices.num_devices, precision)
     most = max_workers(config, devices.num_devices)
+    is_kept = order is not None and training.train_batch_size is None
+    config = _with_batch_of(order, config)
+    if is_kept and config.elastic.num_workers is None:
+        setpoint = _that_can_hold(config.train_batch_size(1), setpoint, config, devices.num_devices)
     problems = check_batch(config, setpoint.num_workers, most)
     if problems:
         raise ConfigError("\n".join(problem.message for problem in problems), code="EADT-210")
@@ -237,6 +407,7 @@ def run_settings(config: RunConfig, run_id: str, devices: Devices, data: Prepare
         ),
         setpoint=setpoint,
         train_batch_size=batch,
+        sample_order=_sample_order(config, batch, data),
         max_micro_batch=training.per_device_train_batch_size,
         min_workers=config.elastic.min_workers,
         max_workers=most,
@@ -246,7 +417,6 @@ def run_settings(config: RunConfig, run_id: str, devices: Devices, data: Prepare
         checkpoint_every_steps=config.checkpoint.every_steps,
         keep_checkpoints=config.checkpoint.keep,
         storage_path=config.storage_path,
-        resume=config.checkpoint.resume == "auto",
         save_final_model=config.checkpoint.save_final_model,
         max_engine_failures=config.elastic.max_engine_failures,
         device="cuda" if devices.is_gpu else "cpu",
@@ -255,6 +425,19 @@ def run_settings(config: RunConfig, run_id: str, devices: Devices, data: Prepare
         run_key=secrets.token_hex(16),
         run_row={"config": config.model_dump(mode="json"), "versions": versions()},
     )
+
+
+def _that_can_hold(batch: int, setpoint: Setpoint, config: RunConfig, num_devices: int) -> Setpoint:
+    """The setpoint with the most workers, up to its own number, that can hold a batch; itself if none can."""
+    counts = feasible_worker_counts(
+        batch,
+        config.training.per_device_train_batch_size,
+        config.elastic.min_workers,
+        setpoint.num_workers,
+    )
+    if not counts:
+        return setpoint
+    return setpoint.with_(num_workers=counts[-1], workers_per_gpu=workers_per_device(counts[-1], num_devices))
 
 
 def versions() -> dict[str, str]:
@@ -288,26 +471,16 @@ def _absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def _run_id(folder: Path, name: str) -> str:
-    """The id of the run in ``folder``, the same after an interruption; else a new one."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(json.loads((folder / _RUN_FILE).read_text())["run_id"])
-    return f"{name}-{secrets.token_hex(3)}"
-
-
-def _remove_run(folder: Path, storage_path: str) -> None:
-    """Remove an earlier run; refuses a folder that does not look like one."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / _RUN_FILE).exists() and not (folder / "ledger").exists():
-            raise ConfigError(
-                f"{folder} is not empty and holds no run of EADT: it is not removed",
-                code="EADT-207",
-                fix="choose another run.folder or run.name, or empty the folder yourself",
-            )
-        shutil.rmtree(folder)
-    checkpoints = Path(storage_path) / "checkpoints"
-    if "://" not in storage_path and checkpoints.exists():
-        shutil.rmtree(checkpoints)
+def _require_a_run(folder: Path) -> None:
+    """Refuse to remove a folder that does not look like a run's."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RunFile.NAME).exists() and not (folder / "ledger").exists():
+        raise ConfigError(
+            f"{folder} is not empty and holds no run of EADT: it is not removed",
+            code="EADT-207",
+            fix="choose another run.folder or run.name, or empty the folder yourself",
+        )
 
 
 @contextlib.contextmanager

@@ -50,7 +50,10 @@ class CheckpointConfig(Section):
         True, description="Save the trained model as a Hugging Face folder at the end."
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="`auto`: go on from the newest checkpoint of this run, if there is one."
+        "auto",
+        description="`auto`: go on from the newest checkpoint of this run, if there is one. `never`: each "
+        "start is a new run with an id and a folder of its own in the storage; checkpoints of the one before "
+        "stay until `--fresh`.",
     )
 
 
@@ -61,8 +64,8 @@ class StorageConfig(Section):
 
     path: PathText | None = Field(
         None,
-        description="Folder or URI that Ray's `storage_path` takes (local, `s3://`, `gs://`, `hdfs://`). "
-        "Default: the run's folder.",
+        description="Folder or URI that Ray's `storage_path` takes (local, `s3://`, `gs://`, `hdfs://`); "
+        "runs can share it, each has a folder `checkpoints/<run id>`. Default: the run's folder.",
     )
 
 

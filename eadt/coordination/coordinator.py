@@ -467,7 +467,8 @@ class Coordinator:
                 self._tell(generation, "exit")
                 if self.settings.mode == "restart":
                     self._busy = self._spawn(self._restart_from_storage())
-                elif self._wanted_placement() is None:  # paused, or no place to go on at: nobody takes it over
+                elif self._next is None and self._wanted_placement() is None:
+                    # Paused, or no place to go on at: nobody takes the state over.
                     self._spawn(self._state.persist("just_in_time"))
         elif self._state.is_checkpoint_due(self._step):
             self._spawn(self._state.persist("periodic"))
@@ -735,7 +736,7 @@ class Coordinator:
         self._conclude("interrupted")
 
     async def _conclude_failed(self, error: EadtError) -> None:
-        """End with an error; the newest state in memory, which would go with the run, is made durable first."""
+        """End with an error; the newest state in memory, which goes with the run, is made durable first."""
         for generation in (self._current, self._next):
             if generation is not None and generation.is_alive:
                 generation.phase = Phase.FAILED
@@ -781,7 +782,7 @@ class Coordinator:
         self._wake.set()
 
     def fail(self, error: EadtError) -> None:
-        """End the run: it cannot go on. Its newest state is made durable; what follows is the first error's."""
+        """End the run, its newest state made durable: it cannot go on. The first of several errors counts."""
         if self._failure is None:
             self._failure = error
         self._wake.set()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eadt.control.setpoint import Setpoint
+from eadt.training.checkpoint import SampleOrder
 from eadt.training.engine_spec import TrainingJob
 
 
@@ -19,6 +20,7 @@ class RunSettings:
         job: What is trained; ``data_path`` is filled in for each node.
         setpoint: The first setpoint.
         train_batch_size: Samples per optimizer step, whole job; constant.
+        sample_order: What decides which samples the steps take; goes into each checkpoint.
         max_micro_batch: Most samples of one forward pass.
         min_workers: Fewest active workers.
         max_workers: Most active workers.
@@ -27,8 +29,7 @@ class RunSettings:
         num_slots: State slots a node.
         checkpoint_every_steps: Cadence of durable checkpoints; ``None`` for none but at the end.
         keep_checkpoints: Checkpoints kept.
-        storage_path: Where checkpoints go.
-        resume: Whether to go on from the newest valid checkpoint there.
+        storage_path: Where checkpoints go, below the run's id; the newest valid one there is gone on from.
         save_final_model: Whether the trained model is exported.
         max_engine_failures: Failures in a row, without a step between them, that end the run.
         device: ``cpu`` or ``cuda``.
@@ -43,6 +44,7 @@ class RunSettings:
     job: TrainingJob
     setpoint: Setpoint
     train_batch_size: int
+    sample_order: SampleOrder
     max_micro_batch: int
     min_workers: int
     max_workers: int
@@ -52,7 +54,6 @@ class RunSettings:
     checkpoint_every_steps: int | None
     keep_checkpoints: int
     storage_path: str
-    resume: bool
     save_final_model: bool
     max_engine_failures: int
     device: str

@@ -12,13 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from eadt.clock import monotonic_s
 from eadt.coordination.generation import Generation
 from eadt.coordination.nodes import NodeClient, NodeInfo
+from eadt.coordination.progress import StalledError
 from eadt.coordination.recorder import Recorder
 from eadt.coordination.settings import RunSettings
 from eadt.coordination.slots import SlotTable
-from eadt.errors import EadtError
+from eadt.errors import EadtError, EnvironmentFailure
 from eadt.record.rows import CheckpointRow
-from eadt.training.checkpoint import CheckpointStore, Kind, Manifest, new_attempt
+from eadt.training.checkpoint import CheckpointInfo, CheckpointStore, Kind, Manifest, Shard, new_attempt
 from eadt.training.state import ITEM_BYTES, SavedState, StatePart, merge_spans, span_elements
+
+_LAST_PAUSES_S = (1.0, 5.0)
+"""Pauses between the tries of a save that nothing comes after."""
 
 
 class StateKeeper:
@@ -44,11 +48,15 @@ class StateKeeper:
         self._on_granted = on_granted
         self._slots = SlotTable(settings.num_slots)
         self._granted: set[int] = set()
-        self._store = CheckpointStore(settings.storage_path)
+        self._store = CheckpointStore(settings.storage_path, settings.run_id)
         self._manifest: Manifest | None = None
         self._newest: SavedState | None = None
         self._newest_slot: int | None = None
-        self._checkpoint_step = 0
+        self._durable_step = 0
+        self._retry_step = 0
+        self._num_failed_writes = 0
+        self._writing = asyncio.Lock()
+        self._attempts: set[str] = set()
         self._reserved: dict[str, int] = {}
 
     # -- what there is --------------------------------------------------------------------------
@@ -71,9 +79,15 @@ class StateKeeper:
         return self._manifest is not None
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Whether the state of ``step`` should be made durable."""
+        """Whether the state of ``step`` should be made durable: not while another one is being written.
+
+        After a failed write the next step is due again, after another one the second next, and so on
+        with twice the distance each time, up to the usual one.
+        """
         every = self._settings.checkpoint_every_steps
-        return every is not None and step - self._checkpoint_step >= every
+        if every is None or self._writing.locked():
+            return False
+        return step - self._durable_step >= every and step >= self._retry_step
 
     async def find_checkpoint(self) -> None:
         """Look for the newest checkpoint of this run that verifies; say which were passed over."""
@@ -173,56 +187,107 @@ class StateKeeper:
     # -- checkpoints ----------------------------------------------------------------------------
 
     async def persist(self, kind: Kind) -> None:
-        """Make the newest state durable, while training goes on; a failure is noted, and not fatal."""
-        state, slot = self._newest, self._newest_slot
-        if state is None or slot is None:
-            return
-        self._checkpoint_step = state.step
-        reason = f"persist-{state.step}"
-        self._slots.hold(slot, reason)
-        begun_s = monotonic_s()
-        try:
-            attempt = new_attempt()
-            shards = await asyncio.gather(
-                *(
-                    self._nodes[part.node_id][1].write_shard(
-                        state.step, index, slot, state.layout, part.spans, attempt
-                    )
-                    for index, part in enumerate(state.parts)
+        """Make the newest state durable, unless it is, while training goes on; one write at a time.
+
+        A failure is noted, and not fatal: the state is due again soon after.
+        """
+        async with self._writing:
+            state, slot = self._newest, self._newest_slot
+            if state is None or slot is None or self.is_durable:
+                return
+            begun_s = monotonic_s()
+            try:
+                info = await self._write(state, slot, kind)
+            except (EadtError, OSError) as error:
+                every = self._settings.checkpoint_every_steps or 1
+                self._retry_step = state.step + min(every, 2**self._num_failed_writes)
+                self._num_failed_writes += 1
+                self._recorder.note(
+                    "EADT-255", f"the checkpoint of step {state.step} could not be written: {error}"
+                )
+                return
+            self._durable_step, self._manifest = state.step, info.manifest
+            self._retry_step = self._num_failed_writes = 0
+            self._recorder.book(
+                CheckpointRow(
+                    step=state.step,
+                    path=info.path,
+                    seconds=monotonic_s() - begun_s,
+                    num_bytes=info.manifest.num_bytes,
+                    kind=kind,
                 )
             )
-            run = {"run_id": self._settings.run_id, "train_batch_size": self._settings.train_batch_size}
-            info = await asyncio.to_thread(
-                self._store.publish, state.step, state.layout, state.meta, list(shards), kind, run
+            await self._prune()
+
+    async def _write(self, state: SavedState, slot: int, kind: Kind) -> CheckpointInfo:
+        """Have the nodes write their parts, and publish them; nothing is published where one fails."""
+        attempt = new_attempt()
+        reason = f"persist-{attempt}"
+        self._slots.hold(slot, reason)
+        self._attempts.add(attempt)
+        try:
+            # All of them end before the slot is given back: what is read must not change meanwhile.
+            written = await asyncio.gather(
+                *(
+                    self._write_part(state, index, slot, part, attempt)
+                    for index, part in enumerate(state.parts)
+                ),
+                return_exceptions=True,
             )
-            await asyncio.to_thread(self._store.prune, self._settings.keep_checkpoints, [attempt])
-            self._manifest, _ = await asyncio.to_thread(self._store.newest_valid, None, deep=False)
-        except (EadtError, OSError, KeyError) as error:
-            self._recorder.note(
-                "EADT-255", f"the checkpoint of step {state.step} could not be written: {error}"
+            if not any(isinstance(result, StalledError) for result in written):
+                self._attempts.discard(attempt)  # else its node may be writing still
+            shards: list[Shard] = []
+            for result in written:
+                if isinstance(result, BaseException):
+                    raise result
+                shards.append(result)
+            run = {"run_id": self._settings.run_id, "name": self._settings.name}
+            return await asyncio.to_thread(
+                self._store.publish,
+                state.step,
+                state.layout,
+                state.meta,
+                shards,
+                kind,
+                run,
+                self._settings.sample_order,
             )
-            return
         finally:
             self._release(reason)
-        self._recorder.book(
-            CheckpointRow(
-                step=state.step,
-                path=info.path,
-                seconds=monotonic_s() - begun_s,
-                num_bytes=info.num_bytes,
-                kind=kind,
-            )
-        )
 
-    async def persist_unsaved(self) -> None:
-        """A checkpoint just in time, unless the newest state has one already."""
-        if self._newest is not None and self._newest.step > self._checkpoint_step:
-            await self.persist("just_in_time")
+    async def _write_part(
+        self, state: SavedState, index: int, slot: int, part: StatePart, attempt: str
+    ) -> Shard:
+        node = self._nodes.get(part.node_id)
+        if node is None:
+            raise EnvironmentFailure(f"node {part.node_id[:8]} has gone with its part of it", code="EADT-336")
+        return await node[1].write_shard(state.step, index, slot, state.layout, part.spans, attempt)
+
+    async def _prune(self) -> None:
+        """Delete what is no longer needed; what cannot be deleted now is tried again after the next write."""
+        try:
+            await asyncio.to_thread(self._store.prune, self._settings.keep_checkpoints, self._attempts.copy())
+        except (EadtError, OSError) as error:
+            self._recorder.note("EADT-355", f"older checkpoints could not be removed: {error}")
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the newest state is in a checkpoint; true where there is no state."""
+        return self._newest is None or self._newest.step <= self._durable_step
+
+    async def persist_at_last(self, kind: Kind) -> None:
+        """Make the newest state durable where nothing comes after: a failed write is tried again at once."""
+        await self.persist(kind)
+        for pause_s in _LAST_PAUSES_S:
+            if self.is_durable:
+                return
+            await asyncio.sleep(pause_s)
+            await self.persist(kind)
 
     async def move_to_storage(self) -> None:
         """Have the newest state in a checkpoint only; it stays in memory where that fails."""
         await self.persist("just_in_time")
-        if self._manifest is not None and self._newest and self._manifest.step == self._newest.step:
+        if self.is_durable:
             self.forget_newest()
 
     async def restore(self, node_ids: Sequence[str]) -> None:
@@ -249,4 +314,4 @@ class StateKeeper:
         self._newest = SavedState(manifest.step, manifest.meta, manifest.layout, parts)
         self._newest_slot = slot
         self._slots.hold(slot, "newest")
-        self._checkpoint_step = manifest.step
+        self._durable_step = manifest.step

@@ -39,7 +39,7 @@ from eadt.record.ledger import LedgerContents, read_ledger
 from eadt.record.rows import AnyRow, ChangeRow, GenerationRow, Row, StepsRow
 from eadt.testing.engine_side import Gates
 from eadt.testing.faults import FaultPlan
-from eadt.trainer import run_settings
+from eadt.trainer import identify_run, run_settings
 from eadt.training.checkpoint import CheckpointStore, Manifest, Shard
 from eadt.training.engine_pool import EnginePool, EventCallback
 from eadt.training.engine_spec import EngineSpec
@@ -213,7 +213,7 @@ class LocalResult:
         first_row: Rows of the ledger that were there before this attempt.
         folder: The run's folder: ledger and model; checkpoints are in the configured storage.
         attempt_folder: Folder of this attempt's faults and notes.
-        storage_path: Where checkpoints are.
+        store: The run's checkpoints.
         specs: Every engine that was started, in order.
         samples: By optimizer step, the sample indices that engines really took, in any order; a step
             that was done twice, because its work was lost, has them twice.
@@ -226,7 +226,7 @@ class LocalResult:
     first_row: int
     folder: Path
     attempt_folder: Path
-    storage_path: str
+    store: CheckpointStore
     specs: list[EngineSpec]
     samples: dict[int, list[int]]
     final_model_path: str | None
@@ -277,7 +277,7 @@ class LocalResult:
     @property
     def checkpoints(self) -> list[int]:
         """Steps of the published checkpoints, newest first."""
-        return CheckpointStore(self.storage_path).steps()
+        return self.store.steps()
 
 
 class LocalRun:
@@ -366,7 +366,7 @@ class LocalRun:
             first_row=num_rows_before,
             folder=folder,
             attempt_folder=self.faults.folder,
-            storage_path=self._config.storage_path,
+            store=self.store,
             specs=self._specs,
             samples=_read_samples(self.faults.folder),
             final_model_path=self.coordinator.final_model_path,
@@ -374,6 +374,11 @@ class LocalRun:
         )
 
     # -- for actions of a schedule ------------------------------------------------------------------
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(self._settings.storage_path, self._settings.run_id)
 
     @property
     def node_ids(self) -> list[str]:
@@ -409,7 +414,9 @@ class LocalRun:
 
     def _make_settings(self) -> RunSettings:
         devices = Devices(is_gpu=False, num_devices=len(self._hosts_per_node), num_cpus=os.cpu_count() or 1)
-        return run_settings(self._config, f"{self._config.run.name}-{secrets.token_hex(3)}", devices, None)
+        run = identify_run(self._config)
+        run.write(self._config.run_folder)
+        return run_settings(self._config, run.run_id, devices, None)
 
     async def _start_nodes(self) -> None:
         for number in range(len(self._hosts_per_node)):

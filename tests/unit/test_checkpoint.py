@@ -47,6 +47,7 @@ LAYOUT = StateLayout(
 NUM = LAYOUT.num_elements
 ALL: list[Span] = [(0, NUM)]
 HALVES: list[list[Span]] = [[(0, 100), (200, 300)], [(100, 200), (300, NUM)]]
+RUN = "one"
 META = {"optimizer_step": 3, "loss_scale": 1.5, "user": {"k": [1, None, "ä"]}}
 
 
@@ -98,7 +99,7 @@ def newest(target: CheckpointStore) -> Manifest:
 
 
 def shard_path(where: Path, manifest: Manifest, index: int) -> Path:
-    return where / "checkpoints" / f"step-{manifest.step:08d}" / manifest.shards[index].file
+    return where / "checkpoints" / RUN / f"step-{manifest.step:08d}" / manifest.shards[index].file
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def where(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def local(where: Path) -> CheckpointStore:
-    return CheckpointStore(str(where), FakeClock(unix_s=1_700_000_000.0))
+    return CheckpointStore(str(where), RUN, FakeClock(unix_s=1_700_000_000.0))
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointStore]:
         monkeypatch.setattr(MemoryFileSystem, name, refuse)
     with pytest.raises(AssertionError):
         MemoryFileSystem().mv("a", "b")
-    yield CheckpointStore(f"memory://{uuid.uuid4().hex}/runs/one")
+    yield CheckpointStore(f"memory://{uuid.uuid4().hex}/runs", RUN)
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
@@ -142,10 +143,10 @@ def test_a_checkpoint_of_several_shards_comes_back(either: CheckpointStore, tmp_
     either.check_writable()
     assert either.newest_valid(LAYOUT) == (None, [])
     info = save(either, tmp_path, 120)
-    assert info.num_bytes == LAYOUT.num_bytes
-    assert info.path.endswith("/checkpoints/step-00000120")
+    assert info.path.endswith("/checkpoints/one/step-00000120")
     assert either.steps() == [120]
     manifest = newest(either)
+    assert manifest == info.manifest
     assert (manifest.step, manifest.kind, manifest.meta, manifest.info) == (
         120,
         "periodic",
@@ -169,7 +170,7 @@ def test_the_manifest_is_for_people_and_other_programs(local: CheckpointStore, w
     body = json.loads((Path(info.path) / "manifest.json").read_text())
     assert {"step": 120, "kind": "periodic", "format": 1, "dtype": "<f4"}.items() <= body.items()
     assert body["fingerprint"] == LAYOUT.fingerprint
-    assert body["unix_s"] == info.unix_s == 1_700_000_000.0
+    assert body["unix_s"] == info.manifest.unix_s == 1_700_000_000.0
     shard = body["shards"][0]
     raw = np.frombuffer((Path(info.path) / shard["file"]).read_bytes(), "<f4")
     # Span by span, row by row, as documented.
@@ -227,7 +228,7 @@ def test_any_partition_is_read_back_by_any_other(
     layout, parts, groups = case
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "CHUNK_BYTES", 64)
-        target = CheckpointStore(f"{folder}/storage")
+        target = CheckpointStore(f"{folder}/storage", RUN)
         save(target, Path(folder), 1, parts, layout)
         manifest, _ = target.newest_valid(layout)
         assert manifest is not None
@@ -291,7 +292,7 @@ def test_a_damaged_shard_falls_back_to_the_one_before(
     assert reason in rejected[0].reason
     assert path.name in rejected[0].reason
 
-    fresh = CheckpointStore(str(where))
+    fresh = CheckpointStore(str(where), RUN)
     shallow, _ = fresh.newest_valid(LAYOUT, deep=False)
     assert shallow is not None
     assert shallow.step == (10 if seen_by_size else 20)
@@ -324,7 +325,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(either: CheckpointStore, tmp
     save(either, tmp_path, 10)
     slot = make_slot(tmp_path / "s", ALL, 20)
     either.write_shard(20, 0, slot, ALL, "torn")
-    assert either.storage.files("checkpoints/step-00000020") == {"shard-000.torn.bin": LAYOUT.num_bytes}
+    assert either.storage.files("checkpoints/one/step-00000020") == {"shard-000.torn.bin": LAYOUT.num_bytes}
     assert either.steps() == [10]
     manifest, rejected = either.newest_valid(LAYOUT)
     assert manifest is not None
@@ -380,7 +381,7 @@ class Slot(StateSlot):
 
 if where == "manifest":
     os.replace = block
-store = CheckpointStore(storage)
+store = CheckpointStore(storage, "one")
 shard = store.write_shard(20, 0, Slot(slot_path, layout, writable=False), [(0, 1 << 20)], "killed")
 store.publish(20, layout, {}, [shard], "periodic", {})
 """
@@ -409,7 +410,7 @@ def test_killed_during_save(local: CheckpointStore, where: Path, tmp_path: Path,
         child.kill()
         child.stdin.close()
         child.stdout.close()
-    left = local.storage.files("checkpoints/step-00000020")
+    left = local.storage.files("checkpoints/one/step-00000020")
     written = left["shard-000.killed.bin"]
     # The fault fired where it was meant to: in the middle of the file, or just before the manifest.
     if place == "shard":
@@ -428,7 +429,7 @@ def test_killed_during_save(local: CheckpointStore, where: Path, tmp_path: Path,
     shard = local.write_shard(20, 0, slot, spans, "again")
     local.publish(20, layout, {}, [shard], "periodic", {})
     assert [item.split("/")[-1] for item in local.prune(2) if item.endswith(".killed.bin")]
-    assert sorted(local.storage.files("checkpoints/step-00000020")) == [
+    assert sorted(local.storage.files("checkpoints/one/step-00000020")) == [
         "manifest.json",
         "shard-000.again.bin",
     ]
@@ -465,7 +466,7 @@ def test_shards_that_do_not_cover_the_layout_are_not_published(
 
 
 def test_a_storage_that_the_nodes_do_not_share_is_noticed(local: CheckpointStore, tmp_path: Path) -> None:
-    elsewhere = CheckpointStore(str(tmp_path / "disk of another node"))
+    elsewhere = CheckpointStore(str(tmp_path / "disk of another node"), RUN)
     slot = make_slot(tmp_path / "s", ALL, 5)
     shard = elsewhere.write_shard(5, 0, slot, ALL, "a")
     with pytest.raises(EnvironmentFailure, match="is not in") as caught:
@@ -564,9 +565,9 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_kept(
 def test_the_newest_are_kept(either: CheckpointStore, tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(either, tmp_path, step)
-    assert either.prune(2) == ["checkpoints/step-00000020", "checkpoints/step-00000010"]
+    assert either.prune(2) == ["checkpoints/one/step-00000020", "checkpoints/one/step-00000010"]
     assert either.steps() == [40, 30]
-    assert either.storage.files("checkpoints/step-00000010") == {}
+    assert either.storage.files("checkpoints/one/step-00000010") == {}
     assert np.array_equal(restored(either, newest(either), [0, 1], tmp_path), values(LAYOUT, 40))
     assert either.prune(2) == []
 
@@ -578,12 +579,12 @@ def test_torn_leftovers_go_but_what_is_being_written_stays(either: CheckpointSto
         either.write_shard(step, 0, slot, ALL, attempt)
     deleted = either.prune(1, writing=["now"])
     assert sorted(deleted) == [
-        "checkpoints/step-00000010",
-        "checkpoints/step-00000020/shard-000.stray.bin",
-        "checkpoints/step-00000030",
+        "checkpoints/one/step-00000010",
+        "checkpoints/one/step-00000020/shard-000.stray.bin",
+        "checkpoints/one/step-00000030",
     ]
-    assert list(either.storage.files("checkpoints/step-00000040")) == ["shard-000.now.bin"]
-    assert either.prune(1) == ["checkpoints/step-00000040"]
+    assert list(either.storage.files("checkpoints/one/step-00000040")) == ["shard-000.now.bin"]
+    assert either.prune(1) == ["checkpoints/one/step-00000040"]
     assert newest(either).step == 20
 
 
@@ -595,12 +596,12 @@ def test_the_newest_valid_one_is_never_deleted(local: CheckpointStore, where: Pa
     manifest, rejected = local.newest_valid(LAYOUT)
     assert manifest is not None
     assert (manifest.step, [item.step for item in rejected]) == (10, [30, 20])
-    assert local.prune(1) == ["checkpoints/step-00000030", "checkpoints/step-00000020"]
+    assert local.prune(1) == ["checkpoints/one/step-00000030", "checkpoints/one/step-00000020"]
     assert newest(local) == manifest
 
 
 def newest_of(target: CheckpointStore, step: int) -> Manifest:
-    content = target.storage.read(f"checkpoints/step-{step:08d}/manifest.json")
+    content = target.storage.read(f"checkpoints/one/step-{step:08d}/manifest.json")
     return Manifest.from_json(content, step)
 
 
@@ -617,12 +618,12 @@ def test_without_a_valid_one_nothing_published_is_deleted(
 
 def test_other_files_in_the_storage_are_left_alone(local: CheckpointStore, where: Path) -> None:
     save(local, where.parent, 10)
-    (where / "checkpoints" / "notes.txt").write_text("mine")
-    (where / "checkpoints" / "step-old").mkdir()
-    (where / "checkpoints" / "step-old" / "x").write_text("mine")
+    (where / "checkpoints" / RUN / "notes.txt").write_text("mine")
+    (where / "checkpoints" / RUN / "step-old").mkdir()
+    (where / "checkpoints" / RUN / "step-old" / "x").write_text("mine")
     assert local.prune(1) == []
-    assert (where / "checkpoints" / "notes.txt").read_text() == "mine"
-    assert (where / "checkpoints" / "step-old" / "x").read_text() == "mine"
+    assert (where / "checkpoints" / RUN / "notes.txt").read_text() == "mine"
+    assert (where / "checkpoints" / RUN / "step-old" / "x").read_text() == "mine"
 
 
 # --- the storage itself ---------------------------------------------------------------------------
@@ -630,7 +631,7 @@ def test_other_files_in_the_storage_are_left_alone(local: CheckpointStore, where
 
 def test_a_storage_that_cannot_be_written_is_refused_with_a_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    target = CheckpointStore(str(tmp_path / "file" / "storage"))
+    target = CheckpointStore(str(tmp_path / "file" / "storage"), RUN)
     with pytest.raises(EnvironmentFailure) as caught:
         target.check_writable()
     assert caught.value.code == "EADT-350"
@@ -648,16 +649,16 @@ def test_a_check_leaves_nothing_behind(local: CheckpointStore, where: Path) -> N
 @pytest.mark.parametrize("uri", ["foo://bucket/x", "no such scheme://x"])
 def test_an_unknown_kind_of_storage_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"storage\.path") as caught:
-        CheckpointStore(uri).check_writable()
+        CheckpointStore(uri, RUN).check_writable()
     assert caught.value.code == "EADT-250"
 
 
 def test_local_paths_may_be_relative_uris_or_odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save(CheckpointStore("runs/ä b%20#?"), tmp_path, 1)
-    assert (tmp_path / "runs" / "ä b%20#?" / "checkpoints" / "step-00000001" / "manifest.json").is_file()
-    save(CheckpointStore(f"file://{tmp_path}/uri"), tmp_path, 2)
-    assert CheckpointStore(str(tmp_path / "uri")).steps() == [2]
+    save(CheckpointStore("runs/ä b%20#?", RUN), tmp_path, 1)
+    assert (tmp_path / "runs" / "ä b%20#?" / "checkpoints" / RUN / "step-00000001" / "manifest.json").is_file()
+    save(CheckpointStore(f"file://{tmp_path}/uri", RUN), tmp_path, 2)
+    assert CheckpointStore(str(tmp_path / "uri"), RUN).steps() == [2]
 
 
 def test_a_folder_is_uploaded_and_replaces_the_last(either: CheckpointStore, tmp_path: Path) -> None:
@@ -696,7 +697,7 @@ def test_an_unreadable_storage_is_not_an_empty_one(
             fired.append(path)
             raise OSError(5, "Input/output error")
 
-    broken = CheckpointStore(local.storage.path)
+    broken = CheckpointStore(local.storage.path, RUN)
     monkeypatch.setattr(storage, "_resolve", lambda path: (Failing(), path))
     with pytest.raises(EnvironmentFailure, match="timed out") as caught:
         broken.newest_valid(LAYOUT)
@@ -710,7 +711,7 @@ def test_an_unreadable_storage_is_not_an_empty_one(
 
 def test_importing_takes_neither_torch_nor_pyarrow() -> None:
     code = (
-        "import sys, eadt.training.checkpoint as c; c.CheckpointStore('s3://bucket/x');"
+        "import sys, eadt.training.checkpoint as c; c.CheckpointStore('s3://bucket/x', 'one');"
         "assert not {'torch', 'ray', 'pyarrow', 'fsspec'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -11,10 +11,12 @@ from eadt.training.checkpoint.manifest import (
     Kind,
     Manifest,
     Rejected,
+    SampleOrder,
     Shard,
 )
+from eadt.training.checkpoint.run_file import RunFile, RunPlace
 from eadt.training.checkpoint.storage import Storage
-from eadt.training.checkpoint.store import CheckpointStore, new_attempt
+from eadt.training.checkpoint.store import CheckpointStore, new_attempt, runs_in
 
 __all__ = [
     "CheckpointCorruptError",
@@ -23,7 +25,11 @@ __all__ = [
     "Kind",
     "Manifest",
     "Rejected",
+    "RunFile",
+    "RunPlace",
+    "SampleOrder",
     "Shard",
     "Storage",
     "new_attempt",
+    "runs_in",
 ]

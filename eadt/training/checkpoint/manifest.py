@@ -71,22 +71,49 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """A checkpoint that has just been published.
+class SampleOrder:
+    """What decides which samples each optimizer step takes. With another one a run cannot go on: it would
+    lose samples and repeat others.
 
     Attributes:
-        step: Optimizer steps done.
-        path: Its folder in the storage.
-        num_bytes: Size of all shards.
-        kind: Why it was written.
-        unix_s: When it was published.
+        train_batch_size: Samples per optimizer step, whole job.
+        seed: The run's seed.
+        sequence_length: Tokens of a sample.
+        data_fingerprint: Hash of the prepared tokens; ``None`` where the run brings its own data.
+        data_source: Where they came from, for people; ``None`` likewise.
     """
 
-    step: int
-    path: str
-    num_bytes: int
-    kind: Kind
-    unix_s: float
+    train_batch_size: int
+    seed: int
+    sequence_length: int
+    data_fingerprint: str | None = None
+    data_source: str | None = None
+
+    def differences(self, now: SampleOrder) -> list[str]:
+        """What is another now, a phrase each, by the keys of the configuration."""
+        lines = [
+            f"{key}: was {before}, is {after}"
+            for key, before, after in (
+                ("training.train_batch_size", self.train_batch_size, now.train_batch_size),
+                ("run.seed", self.seed, now.seed),
+                ("training.sequence_length", self.sequence_length, now.sequence_length),
+            )
+            if before != after
+        ]
+        # The same text cut otherwise is other data too, but that has been said by then.
+        same_cut = (self.seed, self.sequence_length) == (now.seed, now.sequence_length)
+        known = self.data_fingerprint is not None and now.data_fingerprint is not None
+        if (
+            known
+            and self.data_fingerprint != now.data_fingerprint
+            and (same_cut or self.data_source != now.data_source)
+        ):
+            lines.append(f"the data: was {_data(self)}, is {_data(now)}")
+        return lines
+
+
+def _data(order: SampleOrder) -> str:
+    return f"{order.data_source} (tokens {(order.data_fingerprint or '')[:8]})"
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,7 @@ class Manifest:
         meta: The small values of the saved state, as in :class:`eadt.training.state.SavedState`.
         shards: The files; together they cover the layout.
         info: What the writer wants to have said about it, for display.
+        order: What decides which samples its run's steps take; ``None`` where that was not written.
         eadt_version: The version that wrote it.
         unix_s: When it was published.
     """
@@ -110,6 +138,7 @@ class Manifest:
     meta: dict[str, Any]
     shards: tuple[Shard, ...]
     info: dict[str, Any]
+    order: SampleOrder | None
     eadt_version: str
     unix_s: float
 
@@ -130,6 +159,7 @@ class Manifest:
             "meta": self.meta,
             "shards": [asdict(shard) for shard in self.shards],
             "info": self.info,
+            "order": None if self.order is None else asdict(self.order),
             "eadt_version": self.eadt_version,
             "unix_s": self.unix_s,
         }
@@ -177,9 +207,23 @@ class Manifest:
                 for shard in body["shards"]
             ),
             info=body["info"],
+            order=SampleOrder(**body["order"]) if body.get("order") else None,
             eadt_version=written_by,
             unix_s=body["unix_s"],
         )
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint that has just been published.
+
+    Attributes:
+        path: Its folder in the storage.
+        manifest: What was published.
+    """
+
+    path: str
+    manifest: Manifest
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -1,8 +1,11 @@
 """The checkpoints of one run in its storage: written by shards, published, verified, restored, pruned.
 
-    <storage>/checkpoints/step-00000120/shard-000.<attempt>.bin
-                                        shard-001.<attempt>.bin
-                                        manifest.json            written last
+    <storage>/checkpoints/<run id>/step-00000120/shard-000.<attempt>.bin
+                                                 shard-001.<attempt>.bin
+                                                 manifest.json            written last
+
+Any number of runs may share a storage: a store looks, writes and deletes in the folder of its run's id
+and nowhere else.
 
 A checkpoint exists from the moment that its manifest does. Every try at a step has its own attempt
 in the files' names, so that a retry never mixes with what a torn one left. This module decides
@@ -16,7 +19,7 @@ import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from eadt.training.checkpoint.manifest import (
     Kind,
     Manifest,
     Rejected,
+    SampleOrder,
     Shard,
     corrupt,
     layout_differences,
@@ -41,6 +45,10 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 << 20
 """Hashed and written at once: small enough to be still in the processor's cache for the second."""
 
+Moved = Callable[[int], None]
+"""Told of bytes as they are written or read."""
+
+_RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _STEP = re.compile(r"^step-(\d{8,})$")
 _SHARD = re.compile(r"^shard-\d{3,}\.([A-Za-z0-9_-]+)\.bin$")
 _LOG = logging.getLogger(__name__)
@@ -51,19 +59,44 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
+def is_run_id(text: str) -> bool:
+    """Whether this can be the name of a run's folder."""
+    return _RUN_ID.match(text) is not None
+
+
+def runs_in(storage: Storage) -> list[str]:
+    """Ids of the runs that have a checkpoint in a storage, sorted. Blocks on the storage.
+
+    Raises:
+        EnvironmentFailure: EADT-352, the storage cannot be read.
+    """
+    paths = (path.split("/") for path in storage.files(FOLDER))
+    return sorted(
+        {path[0] for path in paths if len(path) == 3 and path[2] == MANIFEST and _STEP.match(path[1])}
+    )
+
+
+def _nothing(num_bytes: int) -> None:
+    del num_bytes
+
+
 class CheckpointStore:
-    """The checkpoints in one storage. Can be pickled; opens nothing until it is used.
+    """The checkpoints of one run in one storage. Can be pickled; opens nothing until it is used.
 
     ``write_shard`` and ``restore`` may run on any number of nodes and threads at once, each with
     its own slot; ``publish``, ``newest_valid`` and ``prune`` are for one caller at a time.
 
     Args:
         storage_path: As Ray's ``storage_path``: a local folder that all nodes share, or a URI.
+        run_id: The run's id, the name of its folder.
         clock: Gives the times in the manifests.
     """
 
-    def __init__(self, storage_path: str, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(self, storage_path: str, run_id: str, clock: Clock = SYSTEM_CLOCK) -> None:
+        if not is_run_id(run_id):
+            raise ValueError(f"{run_id!r} cannot be the name of a run's folder")
         self.storage = Storage(storage_path)
+        self.folder = f"{FOLDER}/{run_id}"
         self._clock = clock
         self._bad: dict[tuple[int, tuple[str, ...]], str] = {}
 
@@ -72,7 +105,13 @@ class CheckpointStore:
         self.storage.check_writable()
 
     def write_shard(
-        self, step: int, index: int, slot: StateSlot, spans: Sequence[Span], attempt: str
+        self,
+        step: int,
+        index: int,
+        slot: StateSlot,
+        spans: Sequence[Span],
+        attempt: str,
+        moved: Moved = _nothing,
     ) -> Shard:
         """Write the elements ``spans`` of every row of ``slot``. Blocks until they are on the disk.
 
@@ -84,6 +123,7 @@ class CheckpointStore:
             slot: A slot with those elements; must not change meanwhile.
             spans: Elements to write.
             attempt: As :func:`new_attempt` gives it, the same for all shards of one checkpoint.
+            moved: Told of the bytes as they are written.
 
         Raises:
             EnvironmentFailure: EADT-351, the storage cannot be written.
@@ -96,11 +136,12 @@ class CheckpointStore:
             raise ValueError(f"spans {merged[0][0]} to {merged[-1][1]} are not in the layout")
         digest = hashlib.sha256()
         num_bytes = 0
-        with self.storage.create(f"{_folder(step)}/{file}") as stream:
+        with self.storage.create(f"{self._folder(step)}/{file}") as stream:
             for piece in _pieces(slot, merged):
                 digest.update(piece)
                 stream.write(piece)
                 num_bytes += piece.nbytes
+                moved(piece.nbytes)
         return Shard(file, num_bytes, digest.hexdigest(), merged)
 
     def publish(
@@ -111,6 +152,7 @@ class CheckpointStore:
         shards: Sequence[Shard],
         kind: Kind,
         info: dict[str, Any],
+        order: SampleOrder | None = None,
     ) -> CheckpointInfo:
         """Make the written shards a checkpoint, in place of an earlier one of the same step.
 
@@ -121,12 +163,13 @@ class CheckpointStore:
             shards: What :meth:`write_shard` returned on the nodes.
             kind: Why it was written.
             info: Further values to be read by people, as JSON.
+            order: What decides which samples the steps take; a run that goes on must have the same.
 
         Raises:
             ConfigError: EADT-253, ``meta`` or ``info`` holds something that JSON does not know.
             EnvironmentFailure: EADT-353, shards are missing; EADT-351, it cannot be written.
         """
-        folder = _folder(step)
+        folder = self._folder(step)
         present = self.storage.files(folder)
         for shard in shards:
             if present.get(shard.file) != shard.num_bytes:
@@ -152,6 +195,7 @@ class CheckpointStore:
             meta=meta,
             shards=tuple(shards),
             info=info,
+            order=order,
             eadt_version=eadt.__version__,
             unix_s=self._clock.unix_s(),
         )
@@ -165,7 +209,7 @@ class CheckpointStore:
                 fix="keep only numbers, text, lists and dictionaries in what your training function saves",
             ) from error
         self.storage.publish(f"{folder}/{MANIFEST}", content)
-        return CheckpointInfo(step, self.storage.display(folder), manifest.num_bytes, kind, manifest.unix_s)
+        return CheckpointInfo(self.storage.display(folder), manifest)
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, newest first; whether they verify is not looked at."""
@@ -204,7 +248,9 @@ class CheckpointStore:
         """Remember, while this object lives, that a checkpoint turned out to be corrupt."""
         self._bad[_identity(manifest)] = reason
 
-    def restore(self, manifest: Manifest, shard_indices: Iterable[int], slot: StateSlot) -> list[Span]:
+    def restore(
+        self, manifest: Manifest, shard_indices: Iterable[int], slot: StateSlot, moved: Moved = _nothing
+    ) -> list[Span]:
         """Read shards into a slot, checking them on the way. Blocks on the storage.
 
         Streams straight into the slot. If it raises, what the slot holds must not be used.
@@ -213,6 +259,7 @@ class CheckpointStore:
             manifest: As :meth:`newest_valid` gave it.
             shard_indices: Which of its shards.
             slot: A writable slot of the same layout.
+            moved: Told of the bytes as they are read.
 
         Returns:
             The elements that are in the slot now, sorted and disjoint.
@@ -227,12 +274,12 @@ class CheckpointStore:
         for index in shard_indices:
             shard = manifest.shards[index]
             slot.reserve(shard.spans)
-            self._fill(manifest.step, shard, _pieces(slot, shard.spans))
+            self._fill(manifest.step, shard, _pieces(slot, shard.spans), moved)
             spans.extend(shard.spans)
         return merge_spans(spans)
 
     def prune(self, keep: int, writing: Collection[str] = ()) -> list[str]:
-        """Delete what is no longer needed: older checkpoints, corrupt ones and what torn ones left.
+        """Delete what this run no longer needs: older checkpoints, corrupt ones and what torn ones left.
 
         The newest ``keep`` stay, counting only those whose manifest and sizes verify and that were
         not rejected; if there is none, nothing published is deleted. A checkpoint of a newer EADT
@@ -274,22 +321,42 @@ class CheckpointStore:
             needed = {MANIFEST} | {shard.file for shard in manifest.shards}
             for file in files.keys() - needed:
                 if not _attempts([file]) & set(writing):
-                    self.storage.delete(f"{_folder(step)}/{file}")
-                    deleted.append(f"{_folder(step)}/{file}")
+                    self.storage.delete(f"{self._folder(step)}/{file}")
+                    deleted.append(f"{self._folder(step)}/{file}")
         for step in doomed + (corrupted if kept else []):
-            self.storage.delete(f"{_folder(step)}/{MANIFEST}")
-            self.storage.delete_folder(_folder(step))
-            deleted.append(_folder(step))
+            self.storage.delete(f"{self._folder(step)}/{MANIFEST}")
+            self.storage.delete_folder(self._folder(step))
+            deleted.append(self._folder(step))
         return deleted
+
+    def remove(self) -> list[str]:
+        """Delete all that is this run's. Blocks on the storage.
+
+        The manifests go first, so that a crash in here leaves no checkpoint with holes.
+
+        Returns:
+            Names of the files that could not be deleted, below the storage.
+
+        Raises:
+            EnvironmentFailure: EADT-352, the storage cannot be read.
+        """
+        for file in self.storage.files(self.folder):
+            if file.rpartition("/")[2] == MANIFEST:
+                self.storage.delete(f"{self.folder}/{file}")
+        self.storage.delete_folder(self.folder)
+        return [f"{self.folder}/{file}" for file in self.storage.files(self.folder)]
 
     def upload_folder(self, local: str | Path, name: str) -> str:
         """See :meth:`Storage.upload_folder`."""
         return self.storage.upload_folder(local, name)
 
+    def _folder(self, step: int) -> str:
+        return f"{self.folder}/step-{step:08d}"
+
     def _folders(self) -> list[tuple[int, dict[str, int]]]:
         """Step, and sizes by file name, of every checkpoint folder, newest first."""
         folders: dict[int, dict[str, int]] = {}
-        for path, num_bytes in self.storage.files(FOLDER).items():
+        for path, num_bytes in self.storage.files(self.folder).items():
             folder, _, file = path.partition("/")
             match = _STEP.match(folder)
             if match and file:
@@ -300,7 +367,7 @@ class CheckpointStore:
         if MANIFEST not in files:
             raise corrupt(f"the save of step {step} was not finished: it has no manifest")
         try:
-            manifest = Manifest.from_json(self.storage.read(f"{_folder(step)}/{MANIFEST}"), step)
+            manifest = Manifest.from_json(self.storage.read(f"{self._folder(step)}/{MANIFEST}"), step)
         except FileNotFoundError as error:
             raise corrupt(f"the manifest of step {step} is gone") from error
         if _identity(manifest) in self._bad:
@@ -311,7 +378,7 @@ class CheckpointStore:
         wanted = expected.fingerprint if isinstance(expected, StateLayout) else expected
         if wanted is None or manifest.layout.fingerprint == wanted:
             return
-        what = f"{self.storage.display(_folder(manifest.step))} is a checkpoint of another model"
+        what = f"{self.storage.display(self._folder(manifest.step))} is a checkpoint of another model"
         if isinstance(expected, StateLayout):
             what += ": " + "; ".join(layout_differences(manifest.layout, expected))
         raise ConfigError(
@@ -341,11 +408,11 @@ class CheckpointStore:
             self.reject(manifest, error.what)
             raise
 
-    def _fill(self, step: int, shard: Shard, pieces: Iterable[memoryview]) -> None:
+    def _fill(self, step: int, shard: Shard, pieces: Iterable[memoryview], moved: Moved = _nothing) -> None:
         """Read a whole shard into ``pieces``, one after the other, and check it."""
         digest = hashlib.sha256()
         try:
-            with self.storage.open(f"{_folder(step)}/{shard.file}") as stream:
+            with self.storage.open(f"{self._folder(step)}/{shard.file}") as stream:
                 for piece in pieces:
                     done = 0
                     while done < piece.nbytes:
@@ -353,6 +420,7 @@ class CheckpointStore:
                         if not count:
                             raise corrupt(f"{shard.file} of step {step} ends too early")
                         done += count
+                        moved(count)
                     digest.update(piece)
                 if stream.read(1):
                     raise corrupt(f"{shard.file} of step {step} is longer than {shard.num_bytes} bytes")
@@ -365,10 +433,6 @@ class CheckpointStore:
             raise
         if digest.hexdigest() != shard.sha256:
             raise corrupt(f"{shard.file} of step {step} is damaged: its checksum does not match")
-
-
-def _folder(step: int) -> str:
-    return f"{FOLDER}/step-{step:08d}"
 
 
 def _identity(manifest: Manifest) -> tuple[int, tuple[str, ...]]:
