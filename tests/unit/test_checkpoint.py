@@ -32,11 +32,15 @@ from eadt.training.checkpoint import (
     CheckpointStore,
     Manifest,
     Rejected,
+    SampleOrder,
     Shard,
+    Storage,
     new_attempt,
+    runs_in,
     storage,
     store,
 )
+from eadt.training.checkpoint import manifest as manifest_module
 from eadt.training.state import Span, StateLayout, StateSlot
 
 LAYOUT = StateLayout(
@@ -656,7 +660,9 @@ def test_an_unknown_kind_of_storage_is_refused(uri: str) -> None:
 def test_local_paths_may_be_relative_uris_or_odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(CheckpointStore("runs/ä b%20#?", RUN), tmp_path, 1)
-    assert (tmp_path / "runs" / "ä b%20#?" / "checkpoints" / RUN / "step-00000001" / "manifest.json").is_file()
+    assert (
+        tmp_path / "runs" / "ä b%20#?" / "checkpoints" / RUN / "step-00000001" / "manifest.json"
+    ).is_file()
     save(CheckpointStore(f"file://{tmp_path}/uri", RUN), tmp_path, 2)
     assert CheckpointStore(str(tmp_path / "uri"), RUN).steps() == [2]
 
@@ -724,3 +730,117 @@ def test_shards_know_their_size_and_sum(local: CheckpointStore, tmp_path: Path) 
     assert (shard.file, shard.num_bytes, shard.spans) == ("shard-002.a1.bin", 4 * 3 * 4, ((5, 9),))
     empty = local.write_shard(3, 3, slot, [], "a1")
     assert (empty.num_bytes, empty.spans) == (0, ())
+
+
+# --- several runs in one storage ------------------------------------------------------------------
+
+
+def beside(target: CheckpointStore, run_id: str) -> CheckpointStore:
+    return CheckpointStore(target.storage.path, run_id)
+
+
+def test_runs_share_a_storage_without_seeing_each_other(either: CheckpointStore, tmp_path: Path) -> None:
+    other = beside(either, "other")
+    for step in (30, 40):
+        save(other, tmp_path, step)
+    slot = make_slot(tmp_path / "s", ALL, 50)
+    other.write_shard(50, 0, slot, ALL, "now")  # is being written
+    for step in (10, 20):
+        save(either, tmp_path, step)
+    assert either.prune(1) == ["checkpoints/one/step-00000010"]
+    assert (either.steps(), other.steps()) == ([20], [40, 30])
+    assert newest(either).step == 20
+    assert other.storage.files("checkpoints/other/step-00000050") == {"shard-000.now.bin": LAYOUT.num_bytes}
+    assert beside(either, "third").newest_valid(LAYOUT) == (None, [])
+    assert runs_in(either.storage) == ["one", "other"]
+
+
+def test_a_run_is_removed_alone(either: CheckpointStore, tmp_path: Path) -> None:
+    # An id that begins with the other's: on object storage a folder is only how names begin.
+    other = beside(either, "one-more")
+    save(either, tmp_path, 10)
+    save(other, tmp_path, 10)
+    assert either.remove() == []
+    assert either.storage.files("checkpoints/one") == {}
+    assert other.steps() == [10]
+    assert np.array_equal(restored(other, newest(other), [0, 1], tmp_path), values(LAYOUT, 10))
+    assert either.remove() == []
+
+
+def test_what_could_not_be_removed_is_named(
+    local: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(local, tmp_path, 10)
+    monkeypatch.setattr(Storage, "delete", lambda self, name: None)
+    monkeypatch.setattr(Storage, "delete_folder", lambda self, name: None)
+    assert "checkpoints/one/step-00000010/manifest.json" in local.remove()
+
+
+@pytest.mark.parametrize("run_id", ["", "..", "a/b", ".hidden", "a b"])
+def test_an_id_that_is_no_folders_name_is_refused(tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(ValueError, match="run's folder"):
+        CheckpointStore(str(tmp_path), run_id)
+
+
+# --- which samples come next ----------------------------------------------------------------------
+
+ORDER = SampleOrder(12, 0, 32, "ab" * 16, "text.txt")
+
+
+def test_a_manifest_says_which_samples_come_next(local: CheckpointStore, tmp_path: Path) -> None:
+    slot = make_slot(tmp_path / "s", ALL, 5)
+    info = local.publish(5, LAYOUT, {}, [local.write_shard(5, 0, slot, ALL, "a")], "final", {}, ORDER)
+    assert newest(local).order == info.manifest.order == ORDER
+    body = json.loads((Path(info.path) / "manifest.json").read_text())
+    assert body["order"]["train_batch_size"] == 12
+
+
+def test_a_manifest_from_before_says_nothing_of_them(local: CheckpointStore, tmp_path: Path) -> None:
+    body = json.loads((Path(save(local, tmp_path, 5).path) / "manifest.json").read_text())
+    del body["sha256"], body["order"]
+    content = json.dumps({**body, "sha256": manifest_module._checksum(body)}).encode()
+    assert Manifest.from_json(content, 5).order is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({"train_batch_size": 24}, ["training.train_batch_size: was 12, is 24"]),
+        ({"seed": 1}, ["run.seed: was 0, is 1"]),
+        # The same text cut otherwise has another fingerprint: that is not said twice.
+        (
+            {"sequence_length": 64, "data_fingerprint": "cd" * 16},
+            ["training.sequence_length: was 32, is 64"],
+        ),
+        (
+            {"data_fingerprint": "cd" * 16},
+            ["the data: was text.txt (tokens abababab), is text.txt (tokens cdcdcdcd)"],
+        ),
+        (
+            {"seed": 1, "data_fingerprint": "cd" * 16, "data_source": "b.txt"},
+            ["run.seed: was 0, is 1", "the data: was text.txt (tokens abababab), is b.txt (tokens cdcdcdcd)"],
+        ),
+        ({"data_source": "copied/text.txt"}, []),
+        ({"data_fingerprint": None, "data_source": None}, []),
+    ],
+)
+def test_what_differs_is_listed(changes: dict[str, object], lines: list[str]) -> None:
+    assert ORDER.differences(replace(ORDER, **changes)) == lines
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_bytes_are_told_as_they_move(
+    local: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_BYTES", 256)
+    slot = make_slot(tmp_path / "s", ALL, 5)
+    told: list[int] = []
+    shard = local.write_shard(5, 0, slot, ALL, "a", told.append)
+    assert (sum(told), max(told)) == (LAYOUT.num_bytes, 256)
+    manifest = local.publish(5, LAYOUT, {}, [shard], "final", {}).manifest
+    told.clear()
+    local.restore(manifest, [0], slot, told.append)
+    assert (sum(told), max(told)) == (LAYOUT.num_bytes, 256)
