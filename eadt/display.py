@@ -29,7 +29,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -42,11 +42,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eadt.clock import SYSTEM_CLOCK, Clock
+from eadt.record.status import OVER, RunStatus
 from eadt.report import words
 from eadt.units import Quantity, format_bytes, format_duration, format_quantity
-
-if TYPE_CHECKING:
-    from eadt.record.status import RunStatus
 
 _LOG = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ def progress_parts(status: RunStatus) -> dict[str, str]:
         parts["speed"] = f"{status.samples_per_second:.1f} samples/s"
     if status.power_w is not None:
         parts["power"] = _quantity(status.power_w, "W", with_quality=True)
-    else:
+    elif status.status not in OVER:
         parts["power"] = "power not measured"
     if status.joules_per_sample is not None:
         parts["efficiency"] = _quantity(status.joules_per_sample, "J/sample")

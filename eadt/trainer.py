@@ -73,7 +73,7 @@ class EnergyAdaptiveTrainer:
     Args:
         config: A loaded configuration, or the path of a YAML file.
         on_event: Gets dictionaries on what happens, each with a ``type``: ``phase``, ``progress``,
-            ``decision``, ``resize``, ``validation``, ``checkpoint``, ``fault`` or ``note``. Called
+            ``decision``, ``change``, ``validation``, ``checkpoint``, ``fault`` or ``note``. Called
             from one background thread.
         fresh: Begin a new run; what was begun in the run's folder before is removed with its checkpoints,
             wherever they lie, once all that can be checked before Ray is started is well.

@@ -287,3 +287,10 @@ def test_the_live_display_needs_a_terminal(terminal: bool, plain: bool, expected
     environment = {"TERM": "xterm"}
     console = Console(file=io.StringIO(), force_terminal=terminal, _environ=environment)
     assert type(make_display(console, "demo", plain=plain)) is expected
+
+
+def test_power_is_no_longer_a_question_when_the_run_is_over() -> None:
+    ended = progress(status="completed", power_w=None)
+    assert "not measured" not in (describe(ended) or "")
+    going_on = progress(status="training", power_w=None)
+    assert "power not measured" in (describe(going_on) or "")
