@@ -166,6 +166,7 @@ class EnergyBook(msgspec.Struct):
         if (
             row.uses
             or row.unknown_s
+            or row.recovered_s
             or row.qualities
             or not amounts
             or min(amounts) < 0
@@ -191,6 +192,7 @@ class EnergyBook(msgspec.Struct):
             or setting != written.page.setting
             or generation <= session.limits.newest
             or len(written.page.rows) >= _MAX_PAGE
+            or row.recovered_s
         ):
             self._close_page(node, common)
             written = self._open_page(node, row, key, amounts, common)
@@ -198,6 +200,8 @@ class EnergyBook(msgspec.Struct):
         written.page.rows.append(amounts)
         if end_t is None or t1 > end_t:
             node.end_t = t1
+        if row.recovered_s:
+            self._recover(node, row, written)
         if written.has_unknown:
             self._note_unknown(node, row, written, us, session)
         if row.own_fraction is not None:
@@ -205,7 +209,7 @@ class EnergyBook(msgspec.Struct):
         if row.foreign:
             energies_mj = node.accounts[written.page.account].energies_mj(amounts)
             for component, energy_mj in zip(node.components, energies_mj, strict=True):
-                if component.component in row.foreign:
+                if component.component in row.foreign and energy_mj:
                     _count(self.foreign_mj, component.component, energy_mj)
         return True
 
@@ -308,14 +312,16 @@ class EnergyBook(msgspec.Struct):
         to_axis_s = node.to_session_s + session.offset_s
         from_s, to_s = (max(t + to_axis_s, 0.0) for t in (row.t0, row.t1))
         number = curves.place(from_s)
-        if number == curves.place(to_s):
+        recovered_us = node.recovered_by(row) if row.recovered_s else {}
+        if number == curves.place(to_s) and not recovered_us:
             from_t, to_t = (edge * curves.bin_s - to_axis_s for edge in (number, number + 1))
         else:
             # In several bins, which no other row will be: it is drawn at once.
             from_t, to_t = math.inf, -math.inf
             self._draw(node, account, amounts, curves.spread(from_s, to_s), curves)
+            self._draw_recovered(node, account, amounts, recovered_us, from_s, to_s, curves)
         page = Page(session.index, row.generation, row.setting, place, [], [])
-        node.open = OpenPage(page, key, row.use in GOES_ON, account.has_unknown, from_t, to_t)
+        node.open = OpenPage(page, key, row.use in GOES_ON, account.has_unknown, recovered_us, from_t, to_t)
         return node.open
 
     def _close_page(self, node: NodeBook, common: Common) -> None:
@@ -339,13 +345,14 @@ class EnergyBook(msgspec.Struct):
         amounts = added_up(rows)
         account = node.accounts[page.account]
         account.totals = list(map(add, account.totals, amounts))
-        interval = account.interval(amounts)
+        interval = account.interval(amounts, written.recovered_us)
+        energy_mj = sum(amounts[: account.time_column])
         useful_mj = sum(amounts[column] for column in account.useful)
         for part in (
             common.parts.setting(page.session, page.setting),
             common.parts.generation(page.session, page.generation),
         ):
-            part.energy_mj += interval.energy_mj
+            part.energy_mj += energy_mj
             part.useful_mj += useful_mj
             part.is_measured = part.is_measured or account.is_measured
         node.num_intervals += len(rows)
@@ -380,6 +387,38 @@ class EnergyBook(msgspec.Struct):
                 column.energy_mj[place] += energies_mj[number] * fraction
                 column.expected_us[place] += us * fraction
                 column.unknown_us[place] += unknown_us.get(number, 0) * fraction
+
+    def _draw_recovered(
+        self,
+        node: NodeBook,
+        account: Account,
+        amounts: list[int],
+        recovered_us: dict[int, int],
+        from_s: float,
+        to_s: float,
+        curves: Curves,
+    ) -> None:
+        """Spread what a row tells of time before it over that time too."""
+        for number, before_us in recovered_us.items():
+            column = curves.column(node.components[number].component)
+            energy_mj = account.energies_mj(amounts)[number]
+            for place, fraction in curves.spread(from_s, to_s):
+                column.energy_mj[place] -= energy_mj * fraction
+            begin_s = max(from_s - before_us / 1e6, 0.0)
+            for place, fraction in curves.spread(begin_s, to_s):
+                column.energy_mj[place] += energy_mj * fraction
+            for place, fraction in curves.spread(begin_s, from_s):
+                column.unknown_us[place] = max(column.unknown_us[place] - before_us * fraction, 0.0)
+
+    def _recover(self, node: NodeBook, row: EnergyRow, written: OpenPage) -> None:
+        """What was unknown before a row is known now."""
+        for number, before_us in written.recovered_us.items():
+            name = node.components[number].component
+            node.unknown_us[name] -= before_us
+            _count(node.recovered_us, name, before_us)
+            quality = node.accounts[written.page.account].qualities[number]
+            _count(node.recovered_us_by_quality, quality, before_us)
+            self.gaps.shorten(node.gaps, name, row.t0, before_us)
 
     def _change_uses(self, node: NodeBook, row: EnergyRow, account: Account, amounts: list[int]) -> None:
         """Where a component's use changed, a reading may be late by the source's resolution."""
@@ -422,6 +461,7 @@ class EnergyBook(msgspec.Struct):
         name = component.component
         us = round((to_t - from_t) * 1e6)
         node.hole_us += us
+        _count(node.unknown_us, name, us)
         _count(node.hole_us_by_component, name, us)
         if component.quality:
             _count(node.hole_us_by_quality, component.quality, us)
@@ -451,6 +491,7 @@ class EnergyBook(msgspec.Struct):
                 otherwise = NOT_READ if is_measurable else component.detail or NOTHING_MEASURES_IT
                 reason = row.why_unknown.get(name) or otherwise
                 self.gaps.note(node.name, node.gaps, name, at_s, row.t0, row.t1, unknown_us, reason)
+                _count(node.unknown_us, name, unknown_us)
 
     def _undo(self, node: NodeBook, undone: Undone, common: Common) -> None:
         """Move what is void to the accounts of lost work."""

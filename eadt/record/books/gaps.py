@@ -75,6 +75,16 @@ class GapBook(msgspec.Struct):
         gaps[component] = OpenGap(at_s, unknown_us, reason, to_t)
         self.num_gaps += 1
 
+    def shorten(self, gaps: dict[str, OpenGap], component: str, to_t: float, known_us: int) -> None:
+        """A part of the gap that ends there is known after all; nothing is left of one that is."""
+        gap = gaps.get(component)
+        if gap is None or abs(to_t - gap.to_t) > TOUCHING_S:
+            return
+        gap.unknown_us -= known_us
+        if gap.unknown_us <= 0:
+            del gaps[component]
+            self.num_gaps -= 1
+
     def close(self, node: str, gaps: dict[str, OpenGap]) -> None:
         """A node's open gaps have ended."""
         for component, gap in gaps.items():

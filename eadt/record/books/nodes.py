@@ -97,12 +97,19 @@ class Account(msgspec.Struct):
             energies_mj[component] += amounts[column]
         return energies_mj
 
-    def interval(self, amounts: list[int]) -> Interval:
-        """A row's amounts as far as its power goes."""
+    def interval(self, amounts: list[int], recovered_us: dict[int, int]) -> Interval:
+        """A row's amounts as far as its power goes: without what was used before it."""
         time = self.time_column
         us = amounts[time]
+        before_mj = 0
+        if recovered_us:
+            energies_mj = self.energies_mj(amounts)
+            before_mj = sum(
+                energies_mj[component] * before_us // (us + before_us)
+                for component, before_us in recovered_us.items()
+            )
         unknown_us = sum(self.unknown_us(amounts).values()) if self.has_unknown else 0
-        return Interval(us, sum(amounts[:time]), us * len(self.uses), unknown_us)
+        return Interval(us, sum(amounts[:time]) - before_mj, us * len(self.uses), unknown_us)
 
 
 class OpenPage(msgspec.Struct):
@@ -113,6 +120,7 @@ class OpenPage(msgspec.Struct):
         key: Their key, before a rollback made them void.
         goes_on: Whether their use is one of a run that goes on as it is.
         has_unknown: Whether something in them is not known.
+        recovered_us: Of its only row, time before it that a component's energy covers too.
         from_t: The bin's stretch of node time,
         to_t: up to here. Nothing: its only row is in several bins, and has been drawn.
         num_summed: How many of the rows are in the sums already.
@@ -122,6 +130,7 @@ class OpenPage(msgspec.Struct):
     key: str
     goes_on: bool
     has_unknown: bool
+    recovered_us: dict[int, int]
     from_t: float
     to_t: float
     num_summed: int = 0
@@ -139,6 +148,8 @@ class NodeBook(msgspec.Struct):
         keys: The account of each key, of the present layout.
         uses: The use that each component had in its last row.
         variance_j2: By use, what cutting between two uses may have put into the wrong one, squared.
+        unknown_us: Component-time that is not known, by component; without
+        recovered_us: what a counter told of it afterwards, by component and by quality.
         hole_us: Component-time without a row: in all, and by component, by use and by quality.
         recent: Its last intervals on pages before this one.
         num_intervals: How many it booked, and their length in all.
@@ -168,6 +179,9 @@ class NodeBook(msgspec.Struct):
     last_key: str = ""
     variance_j2: dict[str, float] = {}
     gaps: dict[str, OpenGap] = {}
+    unknown_us: dict[str, int] = {}
+    recovered_us: dict[str, int] = {}
+    recovered_us_by_quality: dict[str, int] = {}
     hole_us: int = 0
     hole_us_by_component: dict[str, int] = {}
     hole_us_by_use: dict[str, int] = {}
@@ -215,6 +229,18 @@ class NodeBook(msgspec.Struct):
         }
         self.last_key = ""
 
+    def recovered_by(self, row: EnergyRow) -> dict[int, int]:
+        """Time before a row that its energy covers too and that was not known, by component."""
+        recovered_us: dict[int, int] = {}
+        for number, component in enumerate(self.components):
+            name = component.component
+            seconds = row.recovered_s.get(name, 0.0)
+            before_us = round(seconds * 1e6) if 0.0 < seconds < 1e9 else 0
+            before_us = min(before_us, self.unknown_us.get(name, 0))
+            if before_us and row.joules[number] is not None:
+                recovered_us[number] = before_us
+        return recovered_us
+
     def last_intervals(self) -> list[Interval]:
         """Its newest intervals, so many that they are 1 s at least, where there are."""
         rows = self.open.page.rows if self.open is not None else []
@@ -223,7 +249,8 @@ class NodeBook(msgspec.Struct):
         us = 0
         for row in reversed(rows):
             assert account is not None
-            intervals.append(account.interval(row))
+            assert self.open is not None
+            intervals.append(account.interval(row, self.open.recovered_us))
             us += intervals[-1].us
             if us >= RECENT_US or len(intervals) >= _MAX_RECENT:
                 return intervals[::-1]
@@ -304,6 +331,7 @@ class NodeBook(msgspec.Struct):
                         amounts[place] -= part
                         shared.append(part)
                         shares.append((place, use))
+        # A row that tells of time before it has a page of its own, but no account of its own.
         key = f"{_shared_key(row)}{row.uses}{row.qualities}{nulls}{partial}"
         if key not in self.keys:
             uses = [row.uses.get(component.component, row.use) for component in components]

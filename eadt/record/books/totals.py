@@ -125,6 +125,12 @@ def tabulate(book: EnergyBook, session: Session) -> Totals:
         _book_missing(totals, "node", {node.name: node.hole_us})
         totals.all.expected_us += node.hole_us
         totals.all.unknown_us += node.hole_us
+        # The uses of that time are not known again: its energy is in those of the time after it.
+        for name, us in node.recovered_us.items():
+            for part in (totals.all, totals.part("component", name), totals.part("node", node.name)):
+                part.unknown_us -= us
+        for quality, us in node.recovered_us_by_quality.items():
+            totals.part("quality", quality).unknown_us -= us
         for component, covered_to, end_t in book.tails(node, session):
             late_us = round((end_t - covered_to) * 1e6)
             last_use = node.uses.get(component.component)
