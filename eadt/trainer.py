@@ -227,15 +227,22 @@ def _check_early(config: RunConfig, data: PreparedData | None) -> None:
     workers = config.elastic.num_workers
     if config.training.train_batch_size is None and workers is None:
         return
-    batch = config.train_batch_size(workers or 1)
+    _require_batch(config)
     if data is not None:
-        check_dataset(data, batch)
+        check_dataset(data, config.train_batch_size(workers or 1))
     if data is None and config.training.max_steps is None:
         raise ConfigError(
             "training.max_steps is needed, since this run has no data set whose length EADT knows",
             code="EADT-206",
             fix="set training.max_steps",
         )
+
+
+def _require_batch(config: RunConfig, num_workers: int | None = None, max_workers: int | None = None) -> None:
+    """Refuse numbers of workers that cannot hold the global batch; takes what :func:`check_batch` takes."""
+    problems = check_batch(config, num_workers, max_workers)
+    if problems:
+        raise ConfigError("\n".join(problem.message for problem in problems), code="EADT-210")
 
 
 def identify_run(config: RunConfig, *, fresh: bool = False) -> RunFile:
@@ -382,9 +389,7 @@ def run_settings(
     config = _with_batch_of(order, config)
     if is_kept and config.elastic.num_workers is None:
         setpoint = _that_can_hold(config.train_batch_size(1), setpoint, config, devices.num_devices)
-    problems = check_batch(config, setpoint.num_workers, most)
-    if problems:
-        raise ConfigError("\n".join(problem.message for problem in problems), code="EADT-210")
+    _require_batch(config, setpoint.num_workers, most)
     batch = config.train_batch_size(setpoint.num_workers)
     if data is not None:
         check_dataset(data, batch)

@@ -31,7 +31,7 @@ def run(
     ] = None,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start anew: an earlier run of this name is removed."),
+        typer.Option("--fresh", help="Start anew: an earlier run of this name is removed, with its checkpoints."),
     ] = False,
     set_: SetOption = None,
     require: Annotated[
