@@ -31,7 +31,9 @@ def run(
     ] = None,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start anew: an earlier run of this name is removed, with its checkpoints."),
+        typer.Option(
+            "--fresh", help="Start anew: an earlier run of this name is removed, with its checkpoints."
+        ),
     ] = False,
     set_: SetOption = None,
     require: Annotated[
