@@ -127,6 +127,7 @@ class Meter:
         self._watch_s = max(read_deadline_s, min(_WATCH_FRACTION * self._stale_after_s, _MOST_WATCH_S))
         self._sums = _Sums(clock)
         self._readers: Readers | None = None
+        self._watcher: threading.Thread | None = None
         self._stopping = threading.Event()
         # One cut at a time; one start or stop at a time.
         self._cutting = threading.Lock()
@@ -161,12 +162,13 @@ class Meter:
             readers.start()
             self._readers = readers
             self._stopping = threading.Event()
-            threading.Thread(
+            self._watcher = threading.Thread(
                 target=_watch,
                 args=(weakref.ref(self), readers, self._stopping, self._watch_s),
                 name="eadt-meter",
                 daemon=True,
-            ).start()
+            )
+            self._watcher.start()
         self.cut()
 
     def _begin_tracks(self) -> None:
@@ -197,6 +199,8 @@ class Meter:
             self._stopping.set()
             readers.end()
             readers.join(max(0.0, until_s - self._clock.monotonic_s()))
+            if self._watcher is not None and self._watcher is not threading.current_thread():
+                self._watcher.join(max(0.0, until_s - self._clock.monotonic_s()))
         self._say()
 
     # -- being asked ----------------------------------------------------------------------------
