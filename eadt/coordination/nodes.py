@@ -23,7 +23,7 @@ class NodeInfo:
         node_id: Ray's id.
         ip: Address that other nodes reach it at.
         hostname: For people.
-        num_cores: CPU cores that training may use.
+        cores: CPU cores that training may use, by the machine's numbers.
         num_gpus: GPUs of the node.
         state_address: Host and port of its state server.
         slot_paths: Its state slots, by number.
@@ -37,7 +37,7 @@ class NodeInfo:
     node_id: str
     ip: str
     hostname: str
-    num_cores: int
+    cores: tuple[int, ...]
     num_gpus: int
     state_address: tuple[str, int]
     slot_paths: tuple[str, ...]

@@ -7,7 +7,7 @@ of the hosts' Ray ranks, so that rank 0 stays where it is whenever it can.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from eadt.control.setpoint import Setpoint
@@ -110,7 +110,7 @@ def place(
     return Placement(tuple(Seat(rank, host, index) for rank, (host, index) in enumerate(seats)))
 
 
-def cpu_share(percentage: int, num_cores: int, index_on_device: int) -> ComputeShare:
+def cpu_share(percentage: int, cores: Sequence[int], index_on_device: int) -> ComputeShare:
     """Turn a share of a node's training cores into threads, affinity and pacing.
 
     A share of 50 % of 4 cores is two threads on two cores of their own; 85 % of 2 cores is two
@@ -118,15 +118,15 @@ def cpu_share(percentage: int, num_cores: int, index_on_device: int) -> ComputeS
 
     Args:
         percentage: Share of the cores, 1 to 100 %.
-        num_cores: Cores that training may use on this node.
+        cores: Cores that training may use on this node, by the machine's numbers.
         index_on_device: Number among the engines on this node; spreads them over the cores.
     """
-    cores = percentage / 100 * num_cores
-    num_threads = max(1, math.ceil(cores - 1e-9))
+    wanted = percentage / 100 * len(cores)
+    num_threads = max(1, math.ceil(wanted - 1e-9))
     first = index_on_device * num_threads
     return ComputeShare(
         percentage=percentage,
-        cores=tuple(sorted({(first + offset) % num_cores for offset in range(num_threads)})),
+        cores=tuple(sorted({cores[(first + offset) % len(cores)] for offset in range(num_threads)})),
         num_threads=num_threads,
-        duty_fraction=min(1.0, cores / num_threads),
+        duty_fraction=min(1.0, wanted / num_threads),
     )

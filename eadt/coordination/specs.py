@@ -76,7 +76,7 @@ def _share(settings: RunSettings, seat: Seat, setpoint: Setpoint, node: NodeInfo
     percentage = setpoint.mps_active_thread_percentage
     if settings.device == "cuda":
         return ComputeShare(percentage=percentage if settings.use_mps else 100)
-    return cpu_share(percentage, node.num_cores, seat.index_on_device)
+    return cpu_share(percentage, node.cores, seat.index_on_device)
 
 
 def _environment(settings: RunSettings, seat: Seat, setpoint: Setpoint) -> dict[str, str]:

@@ -191,7 +191,7 @@ class NodeAgent:
         self._lease_until_s = monotonic_s() + settings.lease_s
         self._lease_reported = False
         self._stopped = threading.Event()
-        self._num_cores = _training_cores(settings.training_cores)
+        self._cores = training_cores(settings.training_cores)
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class NodeAgent:
             node_id=self._settings.node_id,
             ip=self._settings.node_ip,
             hostname=os.uname().nodename,
-            num_cores=self._num_cores,
+            cores=self._cores,
             num_gpus=sum(component.is_gpu for component in sensors.components),
             state_address=self._server.address,
             slot_paths=tuple(str(self._folder / f"slot-{n}") for n in range(self._settings.num_slots)),
@@ -257,7 +257,7 @@ class NodeAgent:
                 hostname=hostname,
                 boot_id=machine_id(),
                 num_gpus=sum(component.is_gpu for component in selection.components),
-                num_cores=self._num_cores,
+                num_cores=len(self._cores),
                 not_metered=tuple(selection.not_chosen),
             ),
             meter,
@@ -508,13 +508,16 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _training_cores(wanted: int | None) -> int:
-    usable = len(os.sched_getaffinity(0))
-    return usable if wanted is None else min(wanted, usable)
+def training_cores(wanted: int | None) -> tuple[int, ...]:
+    """The cores that engines of this node may use: so many of those that this process may use, or all.
+
+    Their numbers need not begin at 0, nor follow on each other (cpusets, ``taskset``).
+    """
+    return tuple(sorted(os.sched_getaffinity(0))[:wanted])
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the memory of runs whose agent was killed: nobody else will."""
+def _remove_leftovers(folder: Path, spill: Path) -> None:
+    """Remove the memory and the files of runs whose agent was killed: nobody else will."""
     for leftover in folder.glob("eadt-*"):
         with contextlib.suppress(OSError, ValueError):
             if not psutil.pid_exists(int((leftover / "pid").read_text())):

@@ -82,7 +82,7 @@ class Node:
             node_id=node_id,
             ip="127.0.0.1",
             hostname=node_id,
-            num_cores=2,
+            cores=(0, 1),
             num_gpus=0,
             state_address=("127.0.0.1", 1),
             slot_paths=tuple(str(self.folder / f"slot-{n}") for n in range(settings.num_slots)),

@@ -12,7 +12,7 @@ def node(name: str, machine: str = "", *, gpus: int = 0, pretended: frozenset[st
     identities = {"cpu": f"{machine}/cpu", "dram": f"{machine}/dram"}
     identities |= {f"gpu{number}": f"GPU-{machine}-{number}" for number in range(gpus)}
     return NodeInfo(
-        node_id=name, ip="127.0.0.1", hostname=name, num_cores=4, num_gpus=gpus, state_address=("", 0),
+        node_id=name, ip="127.0.0.1", hostname=name, cores=(0, 1, 2, 3), num_gpus=gpus, state_address=("", 0),
         slot_paths=(), identities=identities, pretended=pretended,
     )  # fmt: skip
 
