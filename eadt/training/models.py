@@ -6,10 +6,12 @@ models are built on the CPU in fp32, or on the meta device.
 
 from __future__ import annotations
 
-import difflib
 import json
+import logging
+import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch
 
 from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.training.hub import load_by_name, quiet_transformers
-from eadt.training.tokenizer import Tokenizer
+from eadt.training.model_config import model_configuration, reason_of
+from eadt.training.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from eadt.config.training import TrainingConfig
@@ -31,6 +34,9 @@ ATTENTION = "sdpa"
 of seven runs were bit-equal with both."""
 
 _KEY = "training.model_name_or_path"
+_TRIAL_TOKENS = 8
+_SHAPES = re.compile("size of tensor|[Ss]hape|broadcast|must match|mat1|size mismatch|of size")
+"""What torch says of tensors that do not fit together."""
 
 
 def build_model(
@@ -60,7 +66,8 @@ def build_model(
     """
     from transformers import initialization
 
-    config, attention = _model_configuration(training, vocab_size)
+    config = model_configuration(training, vocab_size)
+    attention = str(training.model_config_overrides.get("attn_implementation", ATTENTION))
     if meta:
         with torch.device("meta"):
             model = _from_config(config, attention)
@@ -80,6 +87,58 @@ def build_model(
         # The non-reentrant kind gives the same losses under ZeRO-3 (tried with DeepSpeed 0.19.8).
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def check_model(training: TrainingConfig) -> int | None:
+    """Refuse, before anything is started, a model that cannot be built or cannot compute.
+
+    It is built without weights and takes one short sequence in which every tensor is only its shape:
+    a fraction of a second, and no memory, whatever the model's size. What comes of the values is not
+    looked at; nor are parts whose shapes depend on values, such as the choice of experts.
+
+    Returns:
+        Number of parameters; ``None`` where the user's own code builds the model.
+
+    Raises:
+        ConfigError: It cannot be built, or its parts do not fit together, or it does not fit the
+            tokenizer or the sequence length.
+        EnvironmentFailure: It would have to come from the hub, which cannot be reached.
+    """
+    if training.train_function is not None:
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    vocab_size = load_tokenizer(training).vocab_size
+    with FakeTensorMode(), torch.no_grad():
+        model = build_model(training, vocab_size, initialise=False)
+        tokens_BT = torch.zeros(1, min(training.sequence_length, _TRIAL_TOKENS), dtype=torch.long)
+        try:
+            with _quiet():
+                model(input_ids=tokens_BT, labels=tokens_BT)
+        except Exception as error:  # without values much else may fail that trains well
+            if _SHAPES.search(str(error)):
+                raise ConfigError(
+                    f"The parts of this {model.config.model_type} model do not fit together: "
+                    f"{reason_of(error)}",
+                    code="EADT-223",
+                    fix="correct training.model_config; sizes that it does not give are the architecture's "
+                    "defaults.",
+                ) from error
+    return int(sum(param.numel() for param in model.parameters()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, torch does not tell what fails without values."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def save_hf_folder(
@@ -125,129 +184,6 @@ def save_hf_folder(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _model_configuration(training: TrainingConfig, vocab_size: int) -> tuple[Any, str]:
-    """The transformers configuration of the run's model, and its attention implementation."""
-    from transformers import AutoConfig
-
-    quiet_transformers()
-    given = dict(training.model_config_overrides)
-    attention = str(given.pop("attn_implementation", ATTENTION))
-    name = training.model_name_or_path
-    pretrained = training.model_init == "pretrained" and name is not None
-    if name is not None:
-
-        def load(local_only: bool) -> Any:
-            return AutoConfig.from_pretrained(name, local_files_only=local_only)
-
-        _require_config_file(name)
-        config = load_by_name(load, what="model", name=name, key=_KEY)
-    else:
-        config = _configuration_of_type(given.pop("model_type", None))
-    overrides = {_own_name(config, key): value for key, value in given.items()}
-    _apply_overrides(config, overrides)
-    # A model of our own takes the tokenizer's size; a published one keeps its own unless it was
-    # given another tokenizer.
-    ours = name is None or (not pretrained and training.tokenizer_name_or_path is not None)
-    sized = _own_name(config, "vocab_size") in overrides
-    if ours and not sized:
-        config.vocab_size = vocab_size
-    if config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"The model has {config.vocab_size} embedding rows, the tokenizer needs {vocab_size}.",
-            code="EADT-226",
-            fix="use the model's own tokenizer, or training.model_init: random"
-            + (" without training.model_config.vocab_size." if sized else "."),
-        )
-    bounded = _own_name(config, "max_position_embeddings") in overrides
-    _check_length(training, config, adjust=name is None and not bounded)
-    config.use_cache = False  # of no use in training, and it warns under gradient checkpointing
-    return config, attention
-
-
-def _own_name(config: Any, key: str) -> str:
-    """What an architecture calls a common setting: ``max_position_embeddings`` is GPT-2's ``n_positions``."""
-    return str(config.attribute_map.get(key, key))
-
-
-def _require_config_file(name: str) -> None:
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{name} holds no config.json, so it is no Hugging Face model folder.",
-            code="EADT-223",
-            fix=f"correct {_KEY}.",
-        )
-
-
-def _configuration_of_type(model_type: Any) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1)
-        raise ConfigError(
-            f"transformers knows no model_type {model_type!r}.",
-            code="EADT-223",
-            fix="set training.model_config.model_type to "
-            + (f"{near[0]}, for example." if near else "gpt_neox or llama, for example."),
-        )
-    return CONFIG_MAPPING[model_type]()
-
-
-def _apply_overrides(config: Any, overrides: dict[str, Any]) -> None:
-    """Build the configuration anew with changes, refusing keys that transformers would ignore in silence."""
-    known = set(config.to_dict())
-    unknown = sorted(key for key in overrides if key not in known and not hasattr(config, key))
-    if unknown:
-        near = [(key, difflib.get_close_matches(key, known, n=1)) for key in unknown]
-        hints = ", ".join(f"{key} (did you mean {match[0]}?)" if match else key for key, match in near)
-        raise ConfigError(
-            f"A {config.model_type} model has no setting {hints}.",
-            code="EADT-223",
-            fix="correct or remove it in training.model_config.",
-        )
-    if not overrides:
-        return
-    values = {key: value for key, value in config.to_dict().items() if key not in _derived(config, overrides)}
-    values |= overrides
-    try:
-        changed = type(config).from_dict(values)
-    except Exception as error:  # each configuration class validates in its own way
-        raise ConfigError(
-            f"training.model_config does not make a {config.model_type} model: {error}",
-            code="EADT-223",
-            fix="correct training.model_config.",
-        ) from error
-    config.__dict__.clear()
-    config.__dict__.update(changed.__dict__)
-
-
-def _derived(config: Any, overrides: dict[str, Any]) -> set[str]:
-    """Values that transformers computes from others, and that must not be kept when those change."""
-    derived = set()
-    if {_own_name(config, key) for key in ("hidden_size", "num_attention_heads")} & set(overrides):
-        derived |= {"head_dim"}
-    if _own_name(config, "num_attention_heads") in overrides and (
-        getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", None)
-    ):
-        derived |= {"num_key_value_heads"}
-    return derived
-
-
-def _check_length(training: TrainingConfig, config: Any, *, adjust: bool) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or training.sequence_length <= longest:
-        return
-    if adjust:
-        config.max_position_embeddings = training.sequence_length
-        return
-    raise ConfigError(
-        f"training.sequence_length is {training.sequence_length}, the model takes at most {longest} tokens.",
-        code="EADT-226",
-        fix=f"set training.sequence_length to at most {longest}, or raise "
-        "training.model_config.max_position_embeddings where the architecture allows it.",
-    )
-
-
 def _from_config(config: Any, attention: str) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -260,10 +196,12 @@ def _from_config(config: Any, attention: str) -> Any:
             if attention != ATTENTION or "attention" not in str(error):
                 raise
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    except (ValueError, TypeError, ImportError, RuntimeError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n")[0][:300]
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a model's class cannot do with its values
         raise ConfigError(
-            f"No causal language model can be made from this {config.model_type} configuration: {reason}",
+            f"No causal language model can be made from this {config.model_type} configuration: "
+            f"{reason_of(error)}",
             code="EADT-223",
             fix="correct training.model_config or training.model_name_or_path.",
         ) from error

@@ -1,13 +1,17 @@
 """Models: equal in every process, told apart, and saved so that others can load them."""
 
+import json
+import logging
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eadt.config.training import TrainingConfig
 from eadt.errors import ConfigError, EnvironmentFailure
 from eadt.training import hub, models
-from eadt.training.models import build_model, save_hf_folder
+from eadt.training.model_config import model_configuration
+from eadt.training.models import build_model, check_model, save_hf_folder
 from eadt.training.tokenizer import ByteTokenizer
 
 VOCAB = ByteTokenizer().vocab_size
@@ -21,6 +25,20 @@ NEOX = {
 LLAMA = NEOX | {"model_type": "llama"}
 TIED_LLAMA = LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+FAMILIES = {
+    "qwen3": TINY,
+    "gemma2": TINY | {"head_dim": 8},
+    "llama": TINY,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neox": TINY,
+    "mistral": TINY,
+    "qwen2": TINY,
+    "gemma3_text": TINY | {"head_dim": 8},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+    | {"word_embed_proj_dim": 32},
+    "phi": TINY,
+}
 architectures = pytest.mark.parametrize("model_config", [NEOX, TIED_LLAMA, LLAMA, GPT2])
 
 
@@ -86,6 +104,73 @@ def test_meta_and_empty_models_are_the_same_model(model_config):
     tokens_BT = torch.arange(16).reshape(1, 16)
     empty.eval(), real.eval()
     assert torch.equal(empty(input_ids=tokens_BT).logits, real(input_ids=tokens_BT).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_are_built_and_trained(model_type):
+    config = training({"model_type": model_type} | FAMILIES[model_type])
+    meta = build_model(config, VOCAB, meta=True)
+    model = build_model(config, VOCAB)
+    empty = build_model(config, VOCAB, initialise=False)
+    assert names_and_shapes(meta) == names_and_shapes(model) == names_and_shapes(empty)
+    assert count_parameters(model) < 200_000
+    assert check_model(config) == count_parameters(model)
+    buffers = dict(empty.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    assert len(getattr(model.config, "layer_types", None) or "12") == model.config.num_hidden_layers == 2
+    tokens_BT = torch.arange(32).reshape(2, 16)
+    loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
+    loss.backward()
+    assert 0 < loss.item() < 10
+    assert all(param.grad is not None for param in model.parameters())
+
+
+def test_values_that_follow_from_others_do():
+    def made(**values):
+        return model_configuration(training({"model_type": "qwen3"} | TINY | values), VOCAB)
+
+    assert made().layer_types == ["full_attention"] * 2
+    sliding = made(use_sliding_window=True, max_window_layers=1, sliding_window=8)
+    assert sliding.layer_types == ["full_attention", "sliding_attention"]
+    assert sliding.sliding_window == 8
+    assert made().sliding_window is None
+    assert made().num_key_value_heads == 4  # as many as heads, as the class has it by default
+    assert made(num_key_value_heads=2).num_key_value_heads == 2
+    llama = model_configuration(training({"model_type": "llama"} | TINY | {"num_attention_heads": 2}), VOCAB)
+    assert llama.head_dim == 16
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (12, 4), (32, 8), (64, 8)])
+def test_a_default_number_of_shared_heads_gives_way_to_one_that_fits(heads, shared):
+    values = {"model_type": "mistral", "hidden_size": 768, "num_attention_heads": heads}
+    assert model_configuration(training(values), VOCAB).num_key_value_heads == shared
+
+
+def test_common_and_earlier_names_are_taken():
+    gpt2 = {"model_type": "gpt2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = model_configuration(training(gpt2 | {"max_position_embeddings": 64}), VOCAB)
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_positions) == (32, 2, 4, 64)
+    llama = model_configuration(training(LLAMA | {"rope_theta": 10000.0}), VOCAB)
+    assert llama.rope_parameters["rope_theta"] == 10000.0
+    for name in ("num_experts", "num_local_experts"):
+        moe = {"model_type": "qwen3_moe", name: 4} | TINY
+        assert model_configuration(training(moe), VOCAB).num_experts == 4
+    gemma = {"model_type": "gemma3_text"} | TINY | {"head_dim": 8, "sliding_window_pattern": 2}
+    kinds = model_configuration(training(gemma), VOCAB).layer_types
+    assert kinds == ["sliding_attention", "full_attention"]
+
+
+def test_special_tokens_of_another_vocabulary_are_forgotten():
+    def tokens(config):
+        return config.pad_token_id, config.bos_token_id, config.eos_token_id
+
+    assert tokens(model_configuration(training(GPT2), VOCAB)) == (None, None, None)
+    kept = model_configuration(training(GPT2 | {"vocab_size": 50304}), VOCAB)
+    assert tokens(kept) == (None, 50256, 50256)
+    assert model_configuration(training(GPT2 | {"bos_token_id": 7}), VOCAB).bos_token_id == 7
+    phi3 = {"model_type": "phi3"} | TINY  # whose padding token is 32000
+    assert build_model(training(phi3), VOCAB).config.pad_token_id is None
 
 
 def test_fingerprints_tell_models_apart():
@@ -175,6 +260,48 @@ def test_settings_of_a_folder_can_be_changed(saved):
     assert smaller.config.num_key_value_heads == model.config.num_key_value_heads
 
 
+@pytest.fixture
+def qwen(tmp_path):
+    """A folder of a model with values that follow from others written out, as published ones have them."""
+    values = TINY | {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8}
+    values |= {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8}
+    model = build_model(training({"model_type": "qwen3"} | values), VOCAB, seed=7)
+    save_hf_folder(model, ByteTokenizer(), tmp_path / "qwen")
+    written = json.loads((tmp_path / "qwen" / "config.json").read_text())
+    assert len(written["layer_types"]) == 4
+    return model, tmp_path / "qwen"
+
+
+def test_settings_of_a_folder_are_merged_and_what_follows_from_them_is_made_anew(qwen):
+    model, folder = qwen
+
+    def made(**values):
+        config = training(values or None, model_name_or_path=str(folder), model_init="random")
+        return build_model(config, VOCAB).config
+
+    assert (
+        made().layer_types == model.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    )
+    assert made(num_hidden_layers=3).layer_types == model.config.layer_types[:3]
+    assert made(max_window_layers=1).layer_types[1] == "sliding_attention"
+    changed = made(hidden_size=64)
+    assert (changed.hidden_size, changed.head_dim, changed.num_key_value_heads) == (64, 8, 2)
+    assert changed.intermediate_size == 64
+    assert changed.rope_parameters == model.config.rope_parameters
+    assert changed.architectures == ["Qwen3ForCausalLM"]
+
+
+def test_settings_of_a_folder_that_touch_no_weight_keep_its_weights(qwen):
+    model, folder = qwen
+    config = training({"attention_dropout": 0.1}, model_name_or_path=str(folder))
+    changed = build_model(config, VOCAB)
+    assert changed.config.attention_dropout == 0.1
+    assert same_weights(changed, model)
+    expected = AutoConfig.from_pretrained(folder).to_dict() | {"attention_dropout": 0.1, "use_cache": False}
+    found = changed.config.to_dict()
+    assert {key for key in expected if found.get(key) != expected[key]} <= {"dtype"}
+
+
 def test_attention_and_positions_are_chosen():
     model = build_model(training(NEOX, sequence_length=5000), VOCAB, meta=True)
     assert model.config._attn_implementation == models.ATTENTION
@@ -198,7 +325,20 @@ def test_gradient_checkpointing_changes_no_gradient():
     ("model_config", "message"),
     [
         ({"model_type": "gpt_noex"}, "knows no model_type"),
-        (LLAMA | {"hiden_size": 3}, "did you mean hidden_size"),
+        (LLAMA | {"hiden_size": 3}, "hiden_size .did you mean hidden_size"),
+        (LLAMA | {"n_layer": 3}, "n_layer .did you mean num_hidden_layers"),
+        (GPT2 | {"intermediate_size": 64}, "intermediate_size .did you mean n_inner"),
+        (LLAMA | {"temperature": 0.5, "anything": 1}, "no setting anything, temperature"),
+        (GPT2 | {"dropout": 0.1}, "dropout .did you mean resid_pdrop"),
+        (LLAMA | {"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
+        (LLAMA | {"num_attention_heads": 0}, "does not make a llama model"),
+        (LLAMA | {"hidden_act": "nonsense"}, "it knows no 'nonsense'"),
+        (GPT2 | {"n_embd": 33}, "`embed_dim` must be divisible by num_heads"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention"]} | TINY,
+            r"^EADT-223: training.model_config does not make a qwen3 model: .num_hidden_layers. .2. must",
+        ),
+        ({"model_type": "fuyu"}, "no vocabulary of its own"),
         (LLAMA | {"hidden_size": "x"}, "hidden_size"),
         (LLAMA | {"hidden_size": 33}, "does not make a llama model"),
         (LLAMA | {"vocab_size": 10}, "10 embedding rows"),
@@ -211,6 +351,52 @@ def test_impossible_models_are_refused(model_config, message):
     with pytest.raises(ConfigError, match=message) as caught:
         build_model(training(model_config), VOCAB, meta=True)
     assert caught.value.fix
+    assert "\n" not in caught.value.what
+
+
+GPTJ = {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4}
+MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+class TestCheckModel:
+    def test_parts_that_do_not_fit_are_found_though_the_model_can_be_built(self):
+        build_model(training(GPTJ), VOCAB, meta=True)
+        with pytest.raises(ConfigError, match=r"do not fit together.*64") as caught:
+            check_model(training(GPTJ))
+        assert "\n" not in caught.value.what
+        assert check_model(training(GPTJ | {"rotary_dim": 4})) > 0
+
+    def test_parts_that_depend_on_values_are_no_fault(self, caplog):
+        with caplog.at_level(logging.INFO):
+            assert check_model(training(MOE | TINY)) == count_parameters(
+                build_model(training(MOE | TINY), VOCAB, meta=True)
+            )
+        assert caplog.text == ""
+
+    def test_a_model_larger_than_any_memory_is_checked_without_it(self):
+        assert (
+            check_model(training({"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80}))
+            > 4e10
+        )
+
+    def test_weights_of_a_folder_are_not_read(self, saved):
+        model, folder = saved
+        (folder / "model.safetensors").unlink()
+        config = training(model_name_or_path=str(folder), tokenizer_name_or_path=None)
+        assert check_model(config) == count_parameters(model)
+
+    def test_sequences_longer_than_the_model_takes_are_refused(self, saved):
+        _, folder = saved
+        config = training(model_name_or_path=str(folder), tokenizer_name_or_path=None, sequence_length=5000)
+        with pytest.raises(ConfigError, match="takes at most 2048 tokens"):
+            check_model(config)
+
+    def test_the_users_own_code_is_left_alone(self):
+        assert check_model(training(train_function="nowhere:train")) is None
+
+    def test_models_without_positions_take_any_length(self):
+        bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+        assert check_model(training(bloom, sequence_length=100_000)) > 0
 
 
 def test_folders_that_are_no_model_are_refused(tmp_path, saved):
