@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from transformers.initialization import no_init_weights
 
 from eadt.clock import SYSTEM_CLOCK, monotonic_s
 from eadt.training.channel import AgentGoneError, EngineChannel
@@ -200,11 +199,15 @@ class TrainingSession:
         """Tell the loss of one micro-batch; the mean over the global batch is reported."""
         self._losses.append(loss.detach())
 
-    def record_validation(self, loss: float) -> None:
-        """Tell the validation loss after the present step; the first rank's value counts."""
+    def record_validation(self, loss: SupportsFloat) -> None:
+        """Tell the validation loss after the present step; the first rank's value counts.
+
+        Args:
+            loss: A number, of numpy too, or a tensor with one element.
+        """
         if self.rank == 0:
             done = self.step + int(self._computed_s is not None)
-            self._channel.send("validation", step=done, loss=loss)
+            self._channel.send("validation", step=done, loss=float(loss))
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """The sums of ``values`` over all ranks; each rank must call it. Blocks."""
@@ -238,14 +241,9 @@ class TrainingSession:
 
     def _build_model(self) -> torch.nn.Module:
         assert self._model_factory is not None
-        if not self.weights_follow:
-            return self._model_factory()
-        with no_init_weights():
-            model = self._model_factory()
-        tie_weights: Any = getattr(model, "tie_weights", None)
-        if tie_weights is not None:
-            tie_weights()
-        return model
+        # Whether initial weights may be left out, where others follow, only the factory knows: a model
+        # may compute with them, or with torch's initialisers, something that no state brings back.
+        return self._model_factory()
 
     def _join_group(self) -> None:
         """Make this generation's process group on a store of its own, which ends with it."""
