@@ -5,15 +5,17 @@ Looks at local paths only: no network, no cluster, nothing written.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from eadt.config.base import is_on
 from eadt.config.loading import PATH_CODE, ConfigProblem, InvalidConfigError, problem_at
 from eadt.config.root import RunConfig
-from eadt.config.training import BYTE_TOKENIZER, PYTHON_STDLIB
+from eadt.config.training import BYTE_TOKENIZER, POSITION_NAMES, PYTHON_STDLIB
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -33,6 +35,21 @@ def require_paths(config: RunConfig) -> None:
     problems = check_paths(config)
     if problems:
         raise InvalidConfigError(problems, code=PATH_CODE)
+
+
+def require_precision(config: RunConfig, *, is_gpu: bool) -> None:
+    """Refuse a number format that the devices do not compute in.
+
+    Args:
+        config: The run.
+        is_gpu: Whether it will train on GPUs.
+
+    Raises:
+        InvalidConfigError: EADT-201, ``fp16`` without a GPU.
+    """
+    if config.training.precision == "fp16" and not is_gpu:
+        message = "fp16 is for GPUs, and this run has none: set training.precision: bf16 or fp32"
+        raise InvalidConfigError([problem_at(config, "training.precision", message)])
 
 
 def inactive_settings(config: RunConfig) -> list[str]:
@@ -74,6 +91,14 @@ def _path_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         message = _model_problem(training.model_name_or_path, weights=training.model_init == "pretrained")
         if message:
             yield "training.model_name_or_path", message
+        positions = _positions(Path(training.model_name_or_path), training.model_config_overrides)
+        own_code = training.train_function is not None
+        if positions is not None and training.sequence_length > positions and not own_code:
+            yield (
+                "training.sequence_length",
+                f"{training.sequence_length} tokens are more than the {positions} positions of the model "
+                f"{training.model_name_or_path}: lower it",
+            )
     tokenizer = training.tokenizer_name_or_path
     if tokenizer not in (None, BYTE_TOKENIZER) and _missing_folder(str(tokenizer)):
         yield (
@@ -138,6 +163,18 @@ def _model_problem(name: str, *, weights: bool) -> str | None:
         if weights and not any(file for pattern in _WEIGHTS for file in path.glob(pattern)):
             return f"the folder {name} holds no weights: add them, or set training.model_init: random"
     return None
+
+
+def _positions(folder: Path, changes: Mapping[str, Any]) -> int | None:
+    """Most tokens of a sequence, as a model's folder says it; ``None`` where it says nothing."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # there is none, or another check names what is wrong with it
+    if not isinstance(values, dict) or any(name in changes for name in POSITION_NAMES):
+        return None  # its own values were changed, which is checked with the file
+    found = next((values[name] for name in POSITION_NAMES if name in values), None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _unwritable(path: Path) -> str | None:

@@ -9,7 +9,7 @@ import copy
 import difflib
 import re
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from eadt.config.aliases import ALIASES
 from eadt.config.base import CONFLICT, Section, join_key, split_key
 from eadt.config.root import RunConfig
 from eadt.errors import ConfigError
@@ -28,6 +29,8 @@ SYNTAX_CODE = "EADT-203"
 PATH_CODE = "EADT-204"
 
 _NOTHING_STARTED = "nothing was started"
+_NEARLY = 0.1
+"""Names whose likeness (0 to 1) differs by less are named together."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ConfigProblem:
         message: What is wrong and what to change.
         file: The file as the user named it; ``None`` for a configuration made in Python.
         line: Line in the file, from 1; ``None`` where there is none.
-        nearest: Nearest valid key, for an unknown one.
+        nearest: Nearest valid key, for an unknown one; the message may name more.
     """
 
     key: str
@@ -247,28 +250,26 @@ def _problems(
 ) -> list[ConfigProblem]:
     """Everything wrong with ``data``, in one go.
 
-    Pydantic leaves out the checks over several keys of a section in which one value is wrong. So the
-    wrong values are taken out and the rest is checked again; only conflicts between keys that are
-    really there, and right, are added.
+    Pydantic leaves out the checks over several keys of a section in which anything is wrong. So what is
+    wrong is taken out and the rest is checked again; only conflicts between keys that are really there,
+    and right, are added.
     """
     details = error.errors(include_url=False)
-    wrong = [d for d in details if d["type"] != CONFLICT]
     # A key that is no text was found with its line when the file was read.
     found = [_problem(d, file, lines) for d in details if d["type"] != "invalid_key" or file is None]
     meant = {p.nearest for p in found if p.nearest}
     found = [p for p in found if not (p.message == _MISSING and p.key in meant)]
-    if wrong:
-        removed = [split_key(key) for key in meant]
-        pruned = copy.deepcopy(data)
-        for detail in wrong:
-            removed += [loc for loc in [_prune(pruned, detail)] if loc]
-        try:
-            RunConfig.model_validate(pruned)
-        except ValidationError as second:
-            for detail in second.errors(include_url=False):
-                keys = [split_key(key) for key in detail.get("ctx", {}).get("keys", [])]
-                if detail["type"] == CONFLICT and not any(_touch(k, r) for k in keys for r in removed):
-                    found.append(_problem(detail, file, lines))
+    removed = [split_key(key) for key in meant]
+    pruned = copy.deepcopy(data)
+    for detail in details:
+        removed += [loc for loc in [_prune(pruned, detail)] if loc]
+    try:
+        RunConfig.model_validate(pruned)
+    except ValidationError as second:
+        for detail in second.errors(include_url=False):
+            keys = [split_key(key) for key in detail.get("ctx", {}).get("keys", [])]
+            if detail["type"] == CONFLICT and not any(_touch(k, r) for k in keys for r in removed):
+                found.append(_problem(detail, file, lines))
     unique = {(p.key, p.message): p for p in found}
     return sorted(unique.values(), key=lambda p: (p.line or 0, p.key))
 
@@ -305,23 +306,40 @@ def _problem(detail: ErrorDetails, file: str | None, lines: dict[str, int]) -> C
 
 
 def _unknown(loc: tuple[str | int, ...]) -> tuple[str | None, str]:
-    """Nearest valid key for an unknown one, and the message."""
-    name = str(loc[-1])
-    model = _model_at(loc[:-1])
+    """Nearest valid key for an unknown one, and the message, which may name a few."""
+    name, section = str(loc[-1]), loc[:-1]
+    model = _model_at(section)
     siblings = _keys(model) if model else []
-    # Of several sections with such a key, the one nearest to the root is meant.
-    paths = sorted(_all_keys(RunConfig, ()), key=len, reverse=True)
-    elsewhere = {path[-1]: join_key(path) for path in paths}
-    # Nearest first: a slip of the pen here, the right name in the wrong section, then the less alike.
-    for cutoff in (0.8, 0.6):
-        near = difflib.get_close_matches(name, siblings, n=1, cutoff=cutoff)
-        if near:
-            return join_key((*loc[:-1], near[0])), f"unknown key; did you mean {near[0]}?"
-        near = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=max(cutoff, 0.8))
-        if near:
-            place = elsewhere[near[0]]
-            return place, f"unknown key here; did you mean {place}?"
-    return None, f"unknown key; valid here are {', '.join(siblings)}"
+    # What other programs call it, but not within lists and sections of sections.
+    meant = list(ALIASES.get(name.lower().replace("-", "_"), ())) if len(loc) <= 2 else []
+    if not meant:
+        # Of several sections with such a key, the one nearest to the root is meant.
+        paths = sorted(_all_keys(RunConfig, ()), key=len, reverse=True)
+        elsewhere = {path[-1]: join_key(path) for path in paths}
+        # Nearest first: a slip of the pen here, the right name in the wrong section, then the less alike.
+        meant = (
+            [join_key((*section, near)) for near in _alike(name, siblings, 0.8)]
+            or [elsewhere[near] for near in _alike(name, elsewhere, 0.8)]
+            or [join_key((*section, near)) for near in _alike(name, siblings, 0.6)]
+        )
+    if not meant:
+        return None, f"unknown key; valid here are {', '.join(siblings)}"
+    inside = all(split_key(key)[:-1] == section for key in meant)
+    names = [str(split_key(key)[-1]) if inside else key for key in meant]
+    return meant[0], f"unknown key{'' if inside else ' here'}; did you mean {_either(names)}?"
+
+
+def _alike(name: str, names: Iterable[str], cutoff: float) -> list[str]:
+    """The name that is most alike, and up to two more that are nearly as much."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    ratios = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in near}
+    near.sort(key=lambda other: (-ratios[other], known.index(other)))
+    return [other for other in near if ratios[other] >= ratios[near[0]] - _NEARLY]
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

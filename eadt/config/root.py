@@ -18,7 +18,7 @@ from eadt.config.outside import (
     RunSection,
     StorageConfig,
 )
-from eadt.config.training import DeepSpeedConfig, TrainingConfig
+from eadt.config.training import POSITION_NAMES, DeepSpeedConfig, TrainingConfig
 
 
 class RunConfig(Section):
@@ -98,6 +98,8 @@ class RunConfig(Section):
         yield from self._interval_conflicts()
         yield from self._share_conflicts()
         yield from self._schedule_conflicts()
+        yield from self._precision_conflicts()
+        yield from self._length_conflicts()
 
     def _deepspeed_values(self) -> dict[str, tuple[Any, str]]:
         """Keys of ``training`` that DeepSpeed's section also gives: their value and where it stands."""
@@ -199,4 +201,32 @@ class RunConfig(Section):
                     "policy.schedule",
                     "elastic.min_workers",
                     "elastic.max_workers",
+                )
+
+    def _precision_conflicts(self) -> Iterator[Conflict]:
+        place = "deepspeed.fp16.enabled" if self.deepspeed.precision == "fp16" else "training.precision"
+        if (
+            self.deepspeed.precision or self.training.precision
+        ) == "fp16" and self.resources.use_gpu is False:
+            yield conflict(
+                "fp16 is for GPUs, and resources.use_gpu is false: set training.precision: bf16 or fp32, or "
+                "resources.use_gpu: true",
+                place,
+                "training.precision",
+                "deepspeed.fp16.enabled",
+                "resources.use_gpu",
+            )
+
+    def _length_conflicts(self) -> Iterator[Conflict]:
+        training = self.training
+        if training.train_function is not None:
+            return  # what its own code does with the length, only it knows
+        for name in POSITION_NAMES:
+            positions = training.model_config_overrides.get(name)
+            if isinstance(positions, int) and 0 < positions < training.sequence_length:
+                yield conflict(
+                    f"{training.sequence_length} tokens are more than the model's {positions} positions "
+                    f"(training.model_config.{name}): lower training.sequence_length or raise that",
+                    "training.sequence_length",
+                    f"training.model_config.{name}",
                 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from eadt.config.aliases import ALIASES
 from eadt.config.base import Conflict, PathText, Section, Switch, conflict, join_key
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -20,6 +21,12 @@ PYTHON_STDLIB = "python-stdlib"
 
 BYTE_TOKENIZER = "byte"
 """Value of ``training.tokenizer_name_or_path`` that means EADT's byte tokenizer."""
+
+MOVABLE_OPTIMIZERS = ("AdamW", "Adam", "Lion", "SGD")
+"""Values of ``deepspeed.optimizer.type`` whose state EADT carries over to another number of workers."""
+
+POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What transformers' architectures call the most tokens that a sequence may have."""
 
 
 class TrainingConfig(Section):
@@ -322,7 +329,10 @@ class DeepSpeedConfig(Section):
         None, description="Same as `training.precision: fp16` when enabled; may hold loss-scale settings."
     )
     optimizer: dict[str, Any] | None = Field(
-        None, description="DeepSpeed optimizer (`type`, `params`) in place of AdamW."
+        None,
+        description="DeepSpeed optimizer (`type`, `params`) in place of AdamW: "
+        + ", ".join(f"`{name}`" for name in MOVABLE_OPTIMIZERS)
+        + ". Numbers that `params` leaves out are those of `training`.",
     )
     scheduler: dict[str, Any] | None = Field(
         None, description="DeepSpeed scheduler in place of `training.lr_scheduler_type`."
@@ -361,16 +371,17 @@ class DeepSpeedConfig(Section):
                     f"EADT sets this itself: set {_SET_ELSEWHERE[key]} instead", f"deepspeed.{key}"
                 )
             elif key not in _COMMON_KEYS:
-                near = difflib.get_close_matches(key, _COMMON_KEYS, n=1, cutoff=0.85)
+                near = difflib.get_close_matches(key, _COMMON_KEYS, n=2, cutoff=0.85) or ALIASES.get(key, ())
                 if near:
                     yield conflict(
-                        f"unknown key, which DeepSpeed would ignore; did you mean {near[0]}?",
+                        f"unknown key, which DeepSpeed would ignore; did you mean {' or '.join(near)}?",
                         f"deepspeed.{key}",
                     )
         for name in ("bf16", "fp16"):
             enabled = (getattr(self, name) or {}).get("enabled", False)
             if not isinstance(enabled, bool) and enabled != "auto":
                 yield conflict(f"must be true or false, not {enabled!r}", f"deepspeed.{name}.enabled")
+        yield from self._optimizer_conflicts()
         if (self.bf16 or {}).get("enabled") is True and (self.fp16 or {}).get("enabled") is True:
             yield conflict(
                 "bf16 and fp16 are both enabled: keep one", "deepspeed.fp16.enabled", "deepspeed.bf16.enabled"
@@ -382,6 +393,26 @@ class DeepSpeedConfig(Section):
                     "to let EADT or DeepSpeed choose",
                     join_key(("deepspeed", *loc)),
                 )
+
+    def _optimizer_conflicts(self) -> Iterator[Conflict]:
+        section = self.optimizer or {}
+        name, params = section.get("type", MOVABLE_OPTIMIZERS[0]), section.get("params", {})
+        movable = ", ".join(MOVABLE_OPTIMIZERS[:-1]) + f" or {MOVABLE_OPTIMIZERS[-1]}"
+        known = {"auto", *(name.lower() for name in MOVABLE_OPTIMIZERS)}  # auto is refused as such
+        if not isinstance(name, str) or name.lower() not in known:
+            yield conflict(
+                f"EADT cannot carry the state of {name!r} over to another number of workers: use {movable}",
+                "deepspeed.optimizer.type",
+            )
+        if not isinstance(params, dict):
+            if params != "auto":
+                yield conflict("must be a mapping of keys to values", "deepspeed.optimizer.params")
+        elif params.get("amsgrad") is True:
+            yield conflict(
+                "EADT cannot carry the largest second moments that amsgrad keeps over to another number of "
+                "workers: remove it",
+                "deepspeed.optimizer.params.amsgrad",
+            )
 
 
 def _auto_values(value: Any, loc: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:

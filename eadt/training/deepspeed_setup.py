@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from eadt.config.training import MOVABLE_OPTIMIZERS, TrainingConfig
+from eadt.errors import ConfigError
 from eadt.training.engine_spec import EngineSpec
+from eadt.training.zero_state import moment_names
 
 OptimizerFactory = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
@@ -30,12 +34,25 @@ def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         section = dict(job.deepspeed.get(precision) or {})
         section["enabled"] = job.precision == precision
         config[precision] = section
-    optimizer = config.get("optimizer")
-    if optimizer is not None and optimizer.get("type", "").lower() in ("adam", "adamw"):
-        # DeepSpeed's own Adam kernels want a compiler on every machine.
-        parameters = {"torch_adam": True, **optimizer.get("params", {})}
-        config["optimizer"] = {**optimizer, "params": parameters}
+    if config.get("optimizer") is not None:
+        config["optimizer"] = _named_optimizer(training, config["optimizer"])
     return config
+
+
+def _named_optimizer(training: TrainingConfig, section: dict[str, Any]) -> dict[str, Any]:
+    """The user's optimizer, with the numbers of ``training`` where the section gives none."""
+    known = {name.lower(): name for name in MOVABLE_OPTIMIZERS}
+    name = known.get(str(section.get("type", "AdamW")).lower(), section.get("type"))
+    # Weight decay is given with the parameter groups.
+    parameters: dict[str, Any] = {"lr": training.learning_rate}
+    if name in ("Adam", "AdamW"):
+        # DeepSpeed's own Adam kernels want a compiler on every machine.
+        parameters |= {
+            "betas": [training.adam_beta1, training.adam_beta2],
+            "eps": training.adam_epsilon,
+            "torch_adam": True,
+        }
+    return {**section, "type": name, "params": {**parameters, **section.get("params", {})}}
 
 
 def initialize_deepspeed(
@@ -59,9 +76,11 @@ def initialize_deepspeed(
     optimizer: torch.optim.Optimizer | None = None
     if "optimizer" not in config:
         optimizer = (optimizer_factory or default_optimizer(spec))(model)
+        require_movable(optimizer)
     scheduler: Any = None
-    if "scheduler" not in config and optimizer is not None:
-        scheduler = _schedule(spec, optimizer)
+    if "scheduler" not in config:
+        # Of the optimizer that DeepSpeed makes, too.
+        scheduler = partial(_schedule, spec) if optimizer is None else _schedule(spec, optimizer)
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -71,6 +90,21 @@ def initialize_deepspeed(
         dist_init_required=False,
     )
     return engine
+
+
+def require_movable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state EADT cannot carry over to another number of workers.
+
+    Raises:
+        ConfigError: EADT-240.
+    """
+    moment_names(optimizer)
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ConfigError(
+            "an optimizer with amsgrad cannot be resized while training",
+            code="EADT-240",
+            fix="leave amsgrad out",
+        )
 
 
 def default_optimizer(spec: EngineSpec) -> OptimizerFactory:

@@ -28,7 +28,9 @@ from eadt.config import (
     reference_markdown,
     require_paths,
 )
+from eadt.config.aliases import ALIASES
 from eadt.config.base import join_key, split_key
+from eadt.config.checks import require_precision
 from eadt.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -408,6 +410,34 @@ class TestMps:
             "mps.shared_resources",
             "max_workers_per_gpu",
         ),
+        (
+            minimal(training={"precision": "fp16"}, resources={"use_gpu": False}),
+            "training.precision",
+            "set training.precision: bf16 or fp32, or resources.use_gpu: true",
+        ),
+        (
+            minimal(deepspeed={"fp16": {"enabled": True}}, resources={"use_gpu": False}),
+            "deepspeed.fp16.enabled",
+            "bf16",
+        ),
+        (
+            minimal(training={"model_config": {"n_positions": 512}}),
+            "training.sequence_length",
+            "1024 tokens are more than the model's 512 positions",
+        ),
+        (
+            minimal(deepspeed={"optimizer": {"type": "Muon"}}),
+            "deepspeed.optimizer.type",
+            "AdamW, Adam, Lion or SGD",
+        ),
+        (minimal(deepspeed={"optimizer": {"type": 3}}), "deepspeed.optimizer.type", "AdamW"),
+        (minimal(deepspeed={"optimizer": {"params": 3}}), "deepspeed.optimizer.params", "mapping"),
+        (minimal(deepspeed={"optimizer": {"type": "auto"}}), "deepspeed.optimizer.type", "'auto'"),
+        (
+            minimal(deepspeed={"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}),
+            "deepspeed.optimizer.params.amsgrad",
+            "amsgrad",
+        ),
         (minimal(run={"name": "../x"}), "run.name", "letter or digit"),
         (minimal(storage={"path": " "}), "storage.path", "empty"),
         (minimal(training={"learning_rate": float("nan")}), "training.learning_rate", "finite"),
@@ -431,6 +461,36 @@ def test_each_wrong_value_is_named_with_what_to_change(data: dict[str, Any], key
     assert len(found) == 1, f"one cause, one message, but got {found}"
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        minimal(training={"precision": "fp16"}, resources={"use_gpu": True}),
+        minimal(training={"precision": "fp16"}),
+        minimal(training={"precision": "bf16"}, resources={"use_gpu": False}),
+        minimal(training={"sequence_length": 512, "model_config": {"n_positions": 512}}),
+        minimal(training={"model_config": {"max_position_embeddings": -1}}),
+        minimal(training={"model_config": {"n_positions": 8}, "train_function": "a:b"}),
+        minimal(deepspeed={"optimizer": {"type": "Adam", "params": {"amsgrad": False}}}),
+    ],
+)
+def test_what_may_work_is_accepted(data: dict[str, Any]) -> None:
+    config_from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_gpu", "refused"),
+    [("fp16", False, True), ("fp16", True, False), ("bf16", False, False), (None, False, False)],
+)
+def test_fp16_is_refused_where_there_is_no_gpu(precision: str | None, is_gpu: bool, refused: bool) -> None:
+    config = config_from_dict(minimal(training={"precision": precision}))
+    if not refused:
+        require_precision(config, is_gpu=is_gpu)
+        return
+    with pytest.raises(InvalidConfigError, match=r"training\.precision: fp16 is for GPUs") as caught:
+        require_precision(config, is_gpu=is_gpu)
+    assert caught.value.code == "EADT-201"
+
+
 def test_boundary_values_are_accepted() -> None:
     config = config_from_dict(
         minimal(
@@ -450,6 +510,15 @@ def test_boundary_values_are_accepted() -> None:
         (minimal(elastic={"max_steps": 3}), "elastic.max_steps", "training.max_steps"),
         (minimal(training={"seed": 3}), "training.seed", "run.seed"),
         (minimal(checkpoints={}), "checkpoints", "checkpoint"),
+        (minimal(training={"lr": 1e-3}), "training.lr", "training.learning_rate"),
+        (minimal(training={"LR": 1e-3}), "training.LR", "training.learning_rate"),
+        (minimal(lr=1e-3), "lr", "training.learning_rate"),
+        (minimal(training={"epochs": 3}), "training.epochs", "training.num_train_epochs"),
+        (minimal(training={"batch-size": 3}), "training.batch-size", "training.train_batch_size"),
+        (minimal(training={"steps": 3}), "training.steps", "training.max_steps"),
+        (minimal(seed=3), "seed", "run.seed"),
+        (minimal(mps={"workers_per_gpu": 2}), "mps.workers_per_gpu", "mps.shared_resources"),
+        (minimal(elastic={"num_gpus": 2}), "elastic.num_gpus", "resources.use_gpu"),
         (minimal(power={"simulated": {"wattage": 3}}), "power.simulated.wattage", None),
         (
             minimal(policy={"type": "schedule", "schedule": [{"at_stp": 3, "num_workers": 1}]}),
@@ -466,6 +535,66 @@ def test_unknown_keys_get_the_nearest_valid_one(data: dict[str, Any], key: str, 
     if nearest is None:
         assert "max_w" in problem.message
         assert "num_gpus" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "message"),
+    [
+        (
+            minimal(training={"batch_size": 3}),
+            "training.batch_size",
+            "unknown key; did you mean train_batch_size or per_device_train_batch_size?",
+        ),
+        (
+            minimal(output_dir="x"),
+            "output_dir",
+            "unknown key here; did you mean run.folder or storage.path?",
+        ),
+        (
+            minimal(training={"adam_beta": 0.9}),
+            "training.adam_beta",
+            "unknown key; did you mean adam_beta1 or adam_beta2?",
+        ),
+        (minimal(training={"max_step": 3}), "training.max_step", "unknown key; did you mean max_steps?"),
+        (
+            minimal(deepspeed={"stage": 3}),
+            "deepspeed.stage",
+            "unknown key, which DeepSpeed would ignore; did you mean deepspeed.zero_optimization.stage?",
+        ),
+    ],
+)
+def test_the_few_names_that_may_be_meant_are_named(data: dict[str, Any], key: str, message: str) -> None:
+    assert problems_of(data) == {key: message}
+
+
+def test_an_alias_of_what_a_run_needs_is_the_only_problem() -> None:
+    training = {"model": "gpt2", "dataset": "wikitext"}
+    assert problems_of({"training": training}) == {
+        "training.model": "unknown key; did you mean model_name_or_path or model_config?",
+        "training.dataset": "unknown key; did you mean dataset_name or dataset_path?",
+    }
+
+
+def test_aliases_are_no_keys_and_lead_to_keys() -> None:
+    everywhere = set(reference_keys())
+    for alias, keys in ALIASES.items():
+        assert f"training.{alias}" not in everywhere, alias
+        assert set(keys) - {"deepspeed.zero_optimization.stage"} <= everywhere, alias
+
+
+def reference_keys() -> list[str]:
+    return [
+        f"{section}.{inner.alias or name}"
+        for section, field in RunConfig.model_fields.items()
+        for name, inner in field.annotation.model_fields.items()  # type: ignore[union-attr]
+    ]
+
+
+def test_conflicts_within_a_section_hide_none_across_sections() -> None:
+    found = problems_of(
+        minimal(training={"warmup_steps": 9, "max_steps": 3}, power={"sampling_interval": 61.0})
+    )
+    assert set(found) == {"training.warmup_steps", "power.sampling_interval"}
 
 
 class TestErrorsOfAFile:
