@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from eadt.config import config_from_dict
-from eadt.control.batch_check import check_batch
+from eadt.control.batch_check import batch_notes, check_batch
+
+
+def notes(**sections: Any) -> list[str]:
+    training = {"model_name_or_path": "m", "dataset_name": "d", **sections.pop("training", {})}
+    return batch_notes(config_from_dict({"training": training, **sections}))
 
 
 def problems(
@@ -51,3 +56,40 @@ def test_schedule(count: int, fits: bool) -> None:
         elastic={"num_workers": 1},
     )
     assert ("policy.schedule[0].num_workers" not in found) == fits
+
+
+@pytest.mark.parametrize(
+    ("batch", "mps", "elastic", "fits"),
+    [
+        (8, {"shared_resources": 2}, {}, True),
+        (9, {"shared_resources": 2}, {}, False),
+        (9, {"shared_resources": 3}, {}, True),
+        (9, {"enabled": False}, {}, True),
+        (9, {}, {"num_workers": 3}, True),
+        (9, {"preset": "balanced"}, {"max_workers": 3}, True),  # on two devices and more, three workers
+        (9, {"preset": "balanced"}, {"max_workers": 4}, False),
+        (9, {"preset": "max_parallel"}, {"min_workers": 9}, True),  # on one device or two
+        (10, {"preset": "max_parallel"}, {}, False),
+    ],
+)
+def test_workers_a_device_that_no_number_of_devices_makes_fit(
+    batch: int, mps: dict[str, Any], elastic: dict[str, Any], fits: bool
+) -> None:
+    found = problems(training={"train_batch_size": batch}, mps=mps, elastic=elastic)
+    assert (found == {}) is fits
+    if not fits:
+        assert "those that can are" in found["training.train_batch_size"]
+        assert "mps.shared_resources" in found["training.train_batch_size"]
+
+
+def test_bounds_and_devices_that_the_batch_does_not_allow_are_noted() -> None:
+    assert notes() == []
+    assert notes(training={"train_batch_size": 12}, elastic={"min_workers": 5, "max_workers": 8}) == [
+        "elastic.min_workers: 5 workers cannot hold a global batch of 12; at least 6 are used.",
+        "elastic.max_workers: 8 workers cannot hold a global batch of 12; at most 6 are used.",
+        "With 2 workers a device, a global batch of 12 can start on 3 devices.",
+    ]
+    assert notes(training={"train_batch_size": 12}, elastic={"max_workers": 6}) == [
+        "With 2 workers a device, a global batch of 12 can start on 1, 2, 3 devices or more."
+    ]
+    assert notes(training={"train_batch_size": 12}, elastic={"num_workers": 3, "max_workers": 6}) == []
