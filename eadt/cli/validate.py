@@ -31,7 +31,7 @@ from eadt.control.batch_check import batch_notes, check_batch
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
 
 BUILDS_MODEL = False
-"""Whether ``eadt validate`` builds the model where neither ``--deep`` nor ``--light`` is given."""
+"""Whether ``eadt validate`` builds a model that values of the file change, without being asked to."""
 
 
 def require_valid(config: RunConfig) -> None:
@@ -47,13 +47,14 @@ def validate(
     set_: SetOption = None,
     output: FormatOption = OutputFormat.TEXT,
     deep: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--deep/--light",
             help="Build the model too, without its weights: finds values that make none. Loads torch and "
             "transformers, some seconds; no memory, no network.",
+            show_default=False,
         ),
-    ] = BUILDS_MODEL,
+    ] = None,
 ) -> None:
     """Check a configuration without starting anything: no Ray, no network, nothing is written.
 
@@ -70,7 +71,7 @@ def validate(
         require_valid(config)
         inactive, notes = inactive_settings(config), [*batch_notes(config), *_precision_notes(config)]
         num_parameters = None
-        if deep:
+        if deep or (deep is None and BUILDS_MODEL and _is_changed_model(config)):
             num_parameters, model_notes = build_without_weights(config)
             notes += model_notes
         elif _is_changed_model(config):
