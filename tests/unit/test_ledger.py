@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import gzip
 import logging
 import math
@@ -776,6 +777,24 @@ def test_the_digest_saves_reading_the_ledger(tmp_path: Path, monkeypatch: pytest
     write_with_digest(tmp_path, *range(100))
     monkeypatch.setattr(Tally, "add", lambda self, row: pytest.fail("a row was read"))
     assert open_ledger(tmp_path, Tally).books.num_rows == 101
+
+
+def test_opening_leaves_the_garbage_collector_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with_digest(tmp_path, 1)
+    for is_on in (True, False):
+        (gc.enable if is_on else gc.disable)()
+        try:
+            open_ledger(tmp_path, Tally)
+            open_ledger(tmp_path, Tally, from_ledger=True)
+            assert gc.isenabled() is is_on
+        finally:
+            gc.enable()
+    monkeypatch.setattr(Tally, "from_state", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_ledger(tmp_path, Tally)
+    assert gc.isenabled()
 
 
 def test_a_digest_goes_on_through_sessions_and_keeps_their_damage(tmp_path: Path) -> None:

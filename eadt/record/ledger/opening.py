@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,12 +72,25 @@ def open_books(folder: Path, *, from_ledger: bool = False) -> OpenedLedger[Books
 
 def open_ledger(folder: Path, kind: type[B], *, from_ledger: bool = False) -> OpenedLedger[B]:
     """As :func:`open_books`, with other books."""
-    if from_ledger:
-        return _from_ledger(folder, kind, "it was asked for")
+    with _without_garbage_search():
+        if from_ledger:
+            return _from_ledger(folder, kind, "it was asked for")
+        try:
+            return _from_digest(folder, kind)
+        except NoDigestError as reason:
+            return _from_ledger(folder, kind, str(reason))
+
+
+@contextlib.contextmanager
+def _without_garbage_search() -> Iterator[None]:
+    """Rows do not refer to themselves; to search millions of them for it takes an eighth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        return _from_digest(folder, kind)
-    except NoDigestError as reason:
-        return _from_ledger(folder, kind, str(reason))
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _from_ledger(folder: Path, kind: type[B], why: str) -> OpenedLedger[B]:
