@@ -30,6 +30,7 @@ from eadt.record.ledger import (
     OpenedLedger,
     digest,
     iter_ledger,
+    open_books,
     output,
     read_ledger,
     reader,
@@ -44,8 +45,12 @@ from eadt.record.rows import (
     EnergyRow,
     FaultRow,
     LedgerRow,
+    MeteredComponent,
+    NodeRow,
     NoteRow,
     ObservationRow,
+    SessionRow,
+    StepsRow,
     encode,
 )
 from eadt.testing.clock import FakeClock
@@ -837,6 +842,48 @@ def test_the_digest_may_end_deep_in_a_compressed_file(tmp_path: Path) -> None:
         file.write(encode(note(100)) + b"\n{")
     list(compress(LedgerFile(1, tmp_path), is_own=True))
     assert_digest_tells_all(tmp_path)
+
+
+def test_the_books_of_a_run_are_the_same_from_the_digest_and_from_the_ledger(tmp_path: Path) -> None:
+    """Three sessions of a writer each, with real books."""
+    components = [
+        MeteredComponent(component=name, source="rapl", quality="measured") for name in ("cpu", "dram")
+    ]
+    for session in range(3):
+        opened = open_books(tmp_path)
+        writer = LedgerWriter(tmp_path, FakeClock(), opened=opened, rotate_bytes=2000)
+        writer.start()
+        resumed = 40 * session
+        writer.append(SessionRow(run_id="r", name="r", resumed_step=resumed, train_batch_size=4))
+        writer.append(NodeRow(node="n", boot_id="b", monotonic_s=100.0 * session, components=components))
+        for k in range(50):
+            assert k % 10 or writer.flush()
+            begin = 100.0 * session + k
+            writer.append(
+                EnergyRow(
+                    node="n", t0=begin, t1=begin + 1, use="useful", joules=[10.125, None if k == 9 else 2.5],
+                    step=resumed + k, generation=1, shared={"input": 0.1},
+                )
+            )  # fmt: skip
+            writer.append(
+                StepsRow(
+                    node="n", generation=1, setting=1, first_step=resumed + k + 1, t0=[begin], seconds=[1.0],
+                    loss=[1.0], learning_rate=[0.1], samples=4,
+                )
+            )  # fmt: skip
+        assert writer.close()
+    short, whole = open_books(tmp_path), open_books(tmp_path, from_ledger=True)
+    assert (short.why_all, short.damage) == ("", whole.damage)
+    assert len(list(tmp_path.glob("*.gz"))) > 5
+    energy = short.books.energy()
+    assert energy is not None
+    assert energy.value == pytest.approx(150 * 12.625 - 3 * 2.5)
+    assert (short.books.optimizer_steps, short.books.lost_steps) == (130, 20)
+    assert short.books.energy_by("use")["lost"].value == pytest.approx(20 * 12.625)
+    for name in ("energy_cells", "sessions", "nodes", "series", "settings", "not_measured", "samples"):
+        figures = [getattr(opened.books, name) for opened in (short, whole)]
+        first, second = [figure() if callable(figure) else figure for figure in figures]
+        assert first == second, name
 
 
 def edit_digest(folder: Path, **changes: Any) -> None:
