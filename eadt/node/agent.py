@@ -173,7 +173,8 @@ class NodeAgent:
         name = f"eadt-{settings.run_id}-{settings.node_id[:12]}"
         self._folder = Path(settings.shared_memory_dir) / name
         self._spill = Path(settings.spill_dir) / name
-        self._pool = make_pool(self._folder, self._engine_event, self._fork_server_env())
+        # Logs lie on disk: memory is for the state.
+        self._pool = make_pool(self._spill, self._engine_event, self._fork_server_env())
         self._server = StateServer(
             [self._folder, self._spill], settings.node_ip, bytes.fromhex(settings.run_key)
         )
@@ -202,7 +203,7 @@ class NodeAgent:
             ConfigError: The data cannot be used.
             EnvironmentFailure: The fork server does not start.
         """
-        _remove_leftovers(Path(self._settings.shared_memory_dir))
+        _remove_leftovers(Path(self._settings.shared_memory_dir), Path(self._settings.spill_dir))
         for folder in (self._folder, self._spill):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self._folder / "pid").write_text(str(os.getpid()))
@@ -342,11 +343,13 @@ class NodeAgent:
 
     def _engine_event(self, engine_id: str, kind: str, values: dict[str, Any]) -> None:
         spec = self._specs.get(engine_id)
-        if spec is not None:
-            self._book_event(spec, kind, values)
-        if kind in ("use", "step") and not values["primary"]:
-            return  # rank 0's node speaks for the job
-        self._on_event(engine_id, kind, values)
+        try:
+            if spec is not None:
+                self._book_event(spec, kind, values)
+        finally:  # whatever fails in booking: the coordinator must hear of it
+            # Of steps and uses, rank 0's node speaks for the job.
+            if kind not in ("use", "step") or values["primary"]:
+                self._on_event(engine_id, kind, values)
 
     def _book_event(self, spec: EngineSpec, kind: str, values: dict[str, Any]) -> None:
         """What this node's energy is for, by what its engines say."""
@@ -522,3 +525,5 @@ def _remove_leftovers(folder: Path, spill: Path) -> None:
         with contextlib.suppress(OSError, ValueError):
             if not psutil.pid_exists(int((leftover / "pid").read_text())):
                 shutil.rmtree(leftover, ignore_errors=True)
+                # Known by its name only: the disk may be another node's too, whose processes are not ours.
+                shutil.rmtree(spill / leftover.name, ignore_errors=True)

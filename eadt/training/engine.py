@@ -36,7 +36,6 @@ def run_engine(spec: EngineSpec, connection: Connection) -> int:
     """
     channel = EngineChannel(connection)
     channel.start()
-    channel.send("hello", engine_id=spec.engine_id, pid=os.getpid())
     try:
         _take_place(spec)
         train = load_train_function(spec.job.training.train_function)

@@ -2,8 +2,9 @@
 
 Started by the node agent as ``python -m eadt.training.fork_server``, with the address and key of the
 agent's channel in its environment. It never touches a device, so its children may. One request
-a message: ``("fork", EngineSpec, log_path)`` answers ``("forked", engine_id, pid)``; when a child
-ends, ``("exit", engine_id, status)`` follows, status negative for a signal.
+a message: ``("fork", engine_id, pickled EngineSpec, log_path)`` answers ``("forked", engine_id, pid)``;
+when a child ends, or cannot be made, ``("exit", engine_id, status)`` follows, status negative for a
+signal. It also keeps the files of its children's output from growing without end.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import ctypes
 import gc
 import importlib
 import os
+import pickle
 import select
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, NoReturn
 
 from eadt.clock import SYSTEM_CLOCK, monotonic_s
+from eadt.training import engine_log
 from eadt.training.engine_spec import EngineSpec
 
 ADDRESS_ENV = "EADT_AGENT_SOCKET"
@@ -35,6 +41,7 @@ PRELOADED = (
 END_GRACE_S = 20.0
 """How long engines may take to save their state when the agent has gone."""
 
+_LOG_LOOK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,6 +74,7 @@ class _Server:
         self._address = address
         self._key = key
         self._engines: dict[int, str] = {}
+        self._logs: dict[int, Path] = {}
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         signal.set_wakeup_fd(self._wake_write)
@@ -75,7 +83,9 @@ class _Server:
 
     def serve(self) -> None:
         while True:
-            ready, _, _ = select.select([self._agent.fileno(), self._wake_read], [], [])
+            timeout_s = _LOG_LOOK_S if self._engines else None
+            ready, _, _ = select.select([self._agent.fileno(), self._wake_read], [], [], timeout_s)
+            self._bound_logs()
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
                 self._reap()
@@ -88,30 +98,48 @@ class _Server:
                 assert kind == "fork", kind
                 self._fork(*arguments)
 
-    def _fork(self, spec: EngineSpec, log_path: str) -> None:
+    def _fork(self, engine_id: str, spec: bytes, log_path: str) -> None:
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                Path(log_path).write_text(f"no process could be made: {error}\n")
+            self._say("exit", engine_id, 1)
+            return
         if pid == 0:
-            status = 1
-            try:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                self._agent.close()
-                _die_with(parent)
-                log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                os.environ.update(spec.env)
-                from eadt.training.engine import run_engine
+            self._become_engine(parent, engine_id, spec, log_path)
+        self._engines[pid] = engine_id
+        self._logs[pid] = Path(log_path)
+        self._say("forked", engine_id, pid)
 
-                status = run_engine(spec, Client(self._address, authkey=self._key))
-            finally:
-                # No clean-up of the parent's objects: they are not ours.
+    def _become_engine(self, parent: int, engine_id: str, content: bytes, log_path: str) -> NoReturn:
+        """In the child: run the engine, and end with it."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._agent.close()
+            _die_with(parent)
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            spec: EngineSpec = pickle.loads(content)
+            os.environ.update(spec.env)
+            from eadt.training.engine import run_engine
+
+            agent = Client(self._address, authkey=self._key)
+            agent.send(("engine", engine_id))
+            agent.recv()  # the agent knows this line now, and tells no end of ours before what is said on it
+            status = run_engine(spec, agent)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # No clean-up of the parent's objects: they are not ours.
+            with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
-                os._exit(status)
-        self._engines[pid] = spec.engine_id
-        self._agent.send(("forked", spec.engine_id, pid))
+            os._exit(status)
 
     def _reap(self) -> None:
         while self._engines:
@@ -123,14 +151,23 @@ class _Server:
                 return
             engine_id = self._engines.pop(pid, None)
             if engine_id is not None:
-                with contextlib.suppress(OSError):
-                    self._agent.send(("exit", engine_id, os.waitstatus_to_exitcode(status)))
+                del self._logs[pid]
+                self._say("exit", engine_id, os.waitstatus_to_exitcode(status))
+
+    def _say(self, *message: Any) -> None:
+        with contextlib.suppress(OSError):  # the agent has gone: the next look finds it out
+            self._agent.send(message)
+
+    def _bound_logs(self) -> None:
+        for path in self._logs.values():
+            engine_log.bound(path)
 
     def _end(self) -> None:
         """The agent has gone: let engines save their state, then end what is left."""
         deadline = monotonic_s() + END_GRACE_S
         while self._engines and monotonic_s() < deadline:
             self._reap()
+            self._bound_logs()
             SYSTEM_CLOCK.sleep(0.05)
         for pid in self._engines:
             with contextlib.suppress(ProcessLookupError):

@@ -145,7 +145,7 @@ def hang_up(connection: Connection, how: int = socket.SHUT_RDWR) -> None:
 
 @contextlib.contextmanager
 def _deadline(connection: Connection, seconds: float) -> Iterator[None]:
-    """End the connection where this takes longer: a timeout of its socket would begin anew with every byte."""
+    """End the connection where this takes longer. A timeout of its socket would begin anew with each byte."""
     timer = threading.Timer(seconds, hang_up, (connection,))
     timer.daemon = True
     timer.start()

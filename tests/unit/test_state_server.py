@@ -179,7 +179,7 @@ def test_one_that_knows_another_key_is_turned_away_and_said_once(
     server = serve()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            with pytest.raises(Exception, match="rejected|digest|closed|reset|^$"):
+            with pytest.raises(Exception, match=r"rejected|digest|closed|reset|^$"):
                 Client(server.address, authkey=b"another")
         assert read_over_network(server, slot_path) == list(range(8))
     told = [record for record in caplog.records if "stranger" in record.getMessage()]
