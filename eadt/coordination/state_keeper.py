@@ -306,6 +306,9 @@ class StateKeeper:
         spans = await asyncio.gather(
             *(self._nodes[node_id][1].restore(manifest, shards, slot) for node_id, shards in wanted.items())
         )
+        for node_id, shards in wanted.items():
+            num_bytes = sum(manifest.shards[number].num_bytes for number in shards)
+            self._reserved[node_id] = max(num_bytes, self._reserved.get(node_id, 0))
         infos = {node_id: self._nodes[node_id][0] for node_id in node_ids}
         parts = tuple(
             StatePart(node_id, infos[node_id].slot_paths[slot], infos[node_id].state_address, tuple(found))

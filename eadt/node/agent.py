@@ -487,16 +487,29 @@ class NodeAgent:
             source.close()
 
     def restore(self, manifest: Manifest, shards: Sequence[int], slot: int) -> list[Span]:
-        """Read shards of a checkpoint into a slot. Blocks.
+        """Read shards of a checkpoint into a slot, whose former content is given up. Blocks.
 
         Raises:
             CheckpointCorruptError: A shard is not what the manifest says.
+            EnvironmentFailure: EADT-320, neither memory nor disk has room.
         """
+        # Another file, too: engines that were killed may have the old one mapped until they have ended.
+        self._give_up_slot(slot)
+        note = self.reserve(sum(manifest.shards[index].num_bytes for index in shards))
+        if note:
+            self._on_row(NoteRow(code="EADT-335", text=note))
         target = StateSlot(self._folder / f"slot-{slot}", manifest.layout, writable=True)
         try:
             return self._store.restore(manifest, shards, target, self._moved)
+        except BaseException:
+            self._give_up_slot(slot)
+            raise
         finally:
             target.close()
+
+    def _give_up_slot(self, number: int) -> None:
+        for folder in (self._folder, self._spill):
+            (folder / f"slot-{number}").unlink(missing_ok=True)
 
     @property
     def moved_bytes(self) -> int:
