@@ -801,13 +801,12 @@ class Coordinator:
         self._nodes[info.node_id] = (info, client)
         self._draining.pop(info.node_id, None)
         for code, text in info.notes:
-            if text not in self._said:  # many nodes are alike
-                self._said.add(text)
-                self.recorder.note(code, f"{info.hostname}: {text}")
+            self._say_once(code, text, f"{info.hostname}: {text}")
         interval_s = self.settings.job.training.energy_monitoring_interval
         if interval_s < info.honest_window_s:
-            self.recorder.note(
-                "EADT-334",
+            self._say_once(
+                "EADT-357",
+                "short windows",
                 f"training.energy_monitoring_interval is {interval_s:g} s, but the meters of {info.hostname} "
                 f"are right over windows of {info.honest_window_s:g} s and more: decisions would rest on "
                 "coarse readings; set it higher",
@@ -816,6 +815,12 @@ class Coordinator:
         self._metered.pop(info.node_id, None)  # a new agent books nothing until it is told
         self._elect_meters()
         self._wake.set()
+
+    def _say_once(self, code: str, what: str, text: str) -> None:
+        """Book a sentence on something that many nodes may have in common."""
+        if what not in self._said:
+            self._said.add(what)
+            self.recorder.note(code, text)
 
     def announce(self, node_id: str, pid: int) -> None:
         """A process on a node is this run's, though its agent did not start it."""
