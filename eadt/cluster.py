@@ -74,6 +74,11 @@ class Cluster:
         self._started = started
 
     @staticmethod
+    def is_joined() -> bool:
+        """Whether this process is in a cluster already, which the run will use."""
+        return bool(ray.is_initialized())
+
+    @staticmethod
     def connect(config: RunConfig) -> Cluster:
         """Connect to the cluster that the configuration or RAY_ADDRESS names, else start one here.
 

@@ -19,9 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eadt.clock import monotonic_s
 from eadt.cluster import Cluster, ClusterRun, Devices
 from eadt.config import RunConfig, inactive_settings, load_config, require_paths
+from eadt.config.checks import require_precision
 from eadt.control.batch import feasible_worker_counts
 from eadt.control.batch_check import check_batch
 from eadt.control.policy import workers_per_device
@@ -40,6 +43,7 @@ from eadt.training.checkpoint import (
 )
 from eadt.training.data import PreparedData, check_dataset, default_cache_dir, prepare_dataset
 from eadt.training.engine_spec import TrainingJob
+from eadt.training.models import check_model
 
 EventSink = Callable[[dict[str, Any]], None]
 
@@ -109,6 +113,9 @@ class EnergyAdaptiveTrainer:
         Storage(config.storage_path).check_writable()
         for sentence in inactive_settings(config):
             self._note("EADT-205", sentence)
+        check_model(config.training)  # before the data, which may take hours to prepare
+        if not _cluster_address(config) and not Cluster.is_joined():
+            require_precision(config, is_gpu=_may_use_gpu(config))
         data = self._prepare_data(config)
         checkpoint = _find_checkpoint(config, run)
         order = checkpoint.order if checkpoint is not None else None
@@ -135,6 +142,7 @@ class EnergyAdaptiveTrainer:
         cluster: Cluster,
     ) -> TrainingResult:
         devices = cluster.devices(config)
+        require_precision(config, is_gpu=devices.is_gpu)
         settings = run_settings(config, run_file.run_id, devices, data, order)
         batch = config.train_batch_size(settings.setpoint.num_workers)
         if batch != settings.train_batch_size:
@@ -454,8 +462,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _cluster_address(config: RunConfig) -> str | None:
+    """The Ray cluster that the run joins; ``None`` where it starts one on this machine."""
+    return config.resources.address or os.environ.get("RAY_ADDRESS")
+
+
+def _may_use_gpu(config: RunConfig) -> bool:
+    """Whether a cluster that starts on this machine will train on GPUs."""
+    if config.resources.use_gpu is not None:
+        return config.resources.use_gpu
+    return torch.cuda.device_count() > 0
+
+
 def _starting_ray(config: RunConfig) -> str:
-    address = config.resources.address or os.environ.get("RAY_ADDRESS")
+    address = _cluster_address(config)
     return f"connecting to Ray at {address}" if address else "starting Ray on this machine"
 
 

@@ -1,7 +1,7 @@
 """``eadt validate`` and ``eadt schema``: what can be known of a configuration before anything is started.
 
 Two stages: the file, the local paths and the batch are looked at with light libraries only; the model is
-built, without weights, where that is asked for, since loading the libraries for it takes seconds.
+built, without weights, where the file changes values of it, since loading the libraries takes seconds.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from eadt.config.training import BYTE_TOKENIZER
 from eadt.control.batch_check import batch_notes, check_batch
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
 
-BUILDS_MODEL = False
-"""Whether ``eadt validate`` builds a model that values of the file change, without being asked to."""
-
 
 def require_valid(config: RunConfig) -> None:
     """Raise :class:`InvalidConfigError` for what a look at the local paths and the batch shows wrong."""
@@ -51,7 +48,7 @@ def validate(
         typer.Option(
             "--deep/--light",
             help="Build the model too, without its weights: finds values that make none. Loads torch and "
-            "transformers, some seconds; no memory, no network.",
+            "transformers, some seconds; no memory, no network. Default: where model_config gives any.",
             show_default=False,
         ),
     ] = None,
@@ -64,14 +61,14 @@ def validate(
 
     - `eadt validate my.yaml --set elastic.max_workers=8`
 
-    - The model's own values too:  `eadt validate my.yaml --deep`
+    - Without the model, in half a second:  `eadt validate my.yaml --light`
     """
     with Output(output) as out:
         config = load_with_overrides(file, set_ or [])
         require_valid(config)
         inactive, notes = inactive_settings(config), [*batch_notes(config), *_precision_notes(config)]
         num_parameters = None
-        if deep or (deep is None and BUILDS_MODEL and _is_changed_model(config)):
+        if deep or (deep is None and _is_changed_model(config)):
             num_parameters, model_notes = build_without_weights(config)
             notes += model_notes
         elif _is_changed_model(config):

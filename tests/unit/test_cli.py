@@ -33,7 +33,7 @@ from tests.unit.status_factory import make_status
 
 CONFIG = """\
 training:
-  model_config: {model_type: gpt_neox, hidden_size: 32}
+  model_config: {model_type: gpt_neox, hidden_size: 32, num_attention_heads: 4}
   tokenizer_name_or_path: byte
   dataset_path: python-stdlib
   train_batch_size: 12
@@ -165,7 +165,11 @@ def test_set_changes_a_value_and_leaves_the_rest(folder: Path) -> None:
     assert config.training.max_steps == 20
     assert config.training.learning_rate == pytest.approx(5e-4)
     assert (config.policy.power_low_w, config.policy.power_high_w) == (20, 30)
-    assert config.training.model_config_overrides == {"model_type": "gpt_neox", "hidden_size": 64}
+    assert config.training.model_config_overrides == {
+        "model_type": "gpt_neox",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+    }
     assert config.training.train_batch_size == 12
     assert config.run_folder == Path("runs/other")
 
@@ -714,7 +718,7 @@ def test_help_and_validate_load_no_heavy_library(folder: Path) -> None:
     code = (
         "import sys\nfrom eadt.cli import app\n"
         "from typer.testing import CliRunner\n"
-        "assert CliRunner().invoke(app, ['validate', 'run.yaml']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['validate', 'run.yaml', '--light']).exit_code == 0\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
         "print(sorted({'torch', 'ray', 'deepspeed', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )

@@ -59,7 +59,7 @@ def notes_of(result: Result) -> list[str]:
 
 class TestDeep:
     def test_a_model_that_can_be_built_is_described(self) -> None:
-        text = validate("--deep").stdout
+        text = validate().stdout
         assert "run.yaml is valid" in text
         assert f"qwen3 ({PARAMETERS:,} parameters, random weights)" in text
         document = json.loads(validate("--deep", "-o", "json").stdout)
@@ -78,7 +78,7 @@ class TestDeep:
     def test_values_that_make_no_model_are_found_with_their_place(
         self, values: dict[str, Any], words: str
     ) -> None:
-        result = validate("--deep", training={"model_config": MODEL | values})
+        result = validate(training={"model_config": MODEL | values})
         assert result.exit_code == 2
         (line,) = [line for line in result.stderr.splitlines() if words in line]
         assert line.startswith("  run.yaml:6: training.model_config: ")
@@ -87,7 +87,7 @@ class TestDeep:
         assert "Traceback" not in result.stderr
 
     def test_light_says_what_it_did_not_look_at(self) -> None:
-        assert notes_of(validate("-o", "json")) == [
+        assert notes_of(validate("--light", "-o", "json")) == [
             "The model was not built; --deep does it and finds values that make none."
         ]
         own = {"train_function": "a:b", "model_config": {}}
