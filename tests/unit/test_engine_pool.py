@@ -103,6 +103,13 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
         pause.wait(0.01)
 
 
+def stop_process(pid: int) -> None:
+    """Stop a process, and return when all of its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = list(Path(f"/proc/{pid}/task").iterdir())
+    wait_until(lambda: all(") T " in (thread / "stat").read_text() for thread in threads), "it goes on")
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     engines = Engines(tmp_path_factory.mktemp("pool"))
@@ -210,7 +217,7 @@ def test_an_engine_that_takes_no_commands_holds_up_nobody(engines: Engines) -> N
     stopped, other = engines.start(), engines.start()
     pid = engines.until(stopped, "waiting")["pid"]
     engines.until(other, "waiting")
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     for _ in range(64):  # more than the socket holds
         engines.pool.send(stopped, "say", "x" * (1 << 16))
     engines.pool.send(other, "say", "still here")
@@ -222,7 +229,7 @@ def test_an_engine_that_takes_no_commands_holds_up_nobody(engines: Engines) -> N
 def test_killing_an_engine_whose_process_is_not_known_yet_takes_effect_when_it_is(engines: Engines) -> None:
     server = engines.pool._process
     assert server is not None
-    os.kill(server.pid, signal.SIGSTOP)  # so that it is not known for sure
+    stop_process(server.pid)  # so that it is not known for sure
     try:
         engine = engines.start()
         engines.pool.kill(engine)
@@ -282,7 +289,7 @@ def test_when_the_fork_server_dies_every_engine_has_an_end_and_the_next_one_a_ne
     pid = engines.until(running, "waiting")["pid"]
     server = engines.pool._process
     assert server is not None
-    os.kill(server.pid, signal.SIGSTOP)
+    stop_process(server.pid)
     never_forked = engines.start()
     os.kill(server.pid, signal.SIGKILL)
     for engine in (running, never_forked):
