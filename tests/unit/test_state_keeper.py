@@ -155,6 +155,8 @@ def test_a_slot_is_kept_until_every_node_has_ended_its_write(tmp_path: Path) -> 
         while kept.nodes[0].num_writes == 0 or kept.nodes[0].num_writing:
             await asyncio.sleep(0)
         kept.save(12, slot=1)
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert kept.granted == []
         go_on.set()
         await task
