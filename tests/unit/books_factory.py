@@ -424,20 +424,38 @@ _OPERATIONS = st.one_of(
 
 
 @st.composite
-def any_ledger(draw: st.DrawFn, max_size: int = 60) -> list[AnyRow]:
-    """Rows that a coordinator could have written, or nearly so: late, twice, with holes, some nonsense."""
+def any_ledger(draw: st.DrawFn, max_size: int = 60, *, sound: bool = False) -> list[AnyRow]:
+    """Rows that a coordinator could have written, or nearly so: late, twice, with holes, some nonsense.
+
+    Args:
+        draw: Of Hypothesis.
+        max_size: At most so many operations.
+        sound: Begin with a session, introduce nodes in each, and leave nonsense out.
+    """
     rows = RowList()
-    if draw(st.booleans()):
-        rows.session(draw(st.sampled_from([0, 0, 5])), sequence_length=draw(st.sampled_from([None, 16])))
+    introduced: set[str] = set()
+    fresh = 0
+    begun_at = draw(st.sampled_from([0, 0, 5]))
+    if sound or draw(st.booleans()):
+        rows.session(begun_at, sequence_length=draw(st.sampled_from([None, 16])))
     for node in _NODES[: draw(st.integers(0, 2))]:
         rows.node(_COLUMNS[1], node=node)
+        introduced.add(node)
     ends: dict[str, float] = {}
     boots = 0
-    step, generation, setting, time_s = 0, 1, 1, 0.0
+    step, generation, setting, time_s = begun_at if sound else 0, 1, 1, 0.0
     for operation, *values in draw(st.lists(_OPERATIONS, max_size=max_size)):
         rows.unix_s += 1.0
         if operation == "energy":
             node, hole_s, length_s, use, joules, late, back, columns = values
+            if sound and node not in introduced:
+                continue
+            if sound:
+                columns = columns | {
+                    name: {part: abs(seconds) for part, seconds in columns[name].items()}
+                    for name in ("unknown_s", "recovered_s")
+                    if name in columns
+                }
             known = next(
                 (row for row in rows.rows[::-1] if isinstance(row, NodeRow) and row.node == node), None
             )
@@ -457,7 +475,7 @@ def any_ledger(draw: st.DrawFn, max_size: int = 60) -> list[AnyRow]:
             )
         elif operation == "steps":
             node, after, number, back, samples = values
-            first = max(step + after, 1)
+            first = max(step + after, begun_at + 1 if sound else 1)
             begin = ends.get(node, 0.0)
             rows.steps(
                 first,
@@ -485,11 +503,14 @@ def any_ledger(draw: st.DrawFn, max_size: int = 60) -> list[AnyRow]:
             time_s += length_s
         elif operation == "rollback":
             back, older = values
-            rows.rollback(max(generation - older, 0), max(step - back, 0), time_s)
             step = max(step - back, 0)
+            begun_at = min(begun_at, step)
+            rows.rollback(max(generation - (0 if sound else older), 0), step, time_s)
             generation += 1
         elif operation == "node":
             node, columns, kind = values
+            introduced.add(node)
+            fresh = len(rows.rows)
             at_s = max(ends.get(node, 0.0), 0.0) + (1.5 if kind == "late" else 0.0)
             if kind == "reboot":
                 boots += 1
@@ -507,7 +528,9 @@ def any_ledger(draw: st.DrawFn, max_size: int = 60) -> list[AnyRow]:
             if status:
                 rows.end(status, time_s)
             step = max(step + back, 0)
+            begun_at = min(begun_at, step)
             rows.session(step, train_batch_size=8)
+            introduced, fresh = set(), len(rows.rows)
             ends, time_s, generation, setting = {}, 0.0, 1, 1
         elif operation == "generation":
             generation += 1
@@ -518,10 +541,11 @@ def any_ledger(draw: st.DrawFn, max_size: int = 60) -> list[AnyRow]:
         elif operation == "checkpoint":
             rows.add(CheckpointRow(step=step, at_s=time_s))
         elif operation == "again" and rows.rows:
-            row = rows.rows[values[0] % len(rows.rows)]
-            if isinstance(row, EnergyRow | StepsRow):
+            place = values[0] % len(rows.rows)
+            row = rows.rows[place]
+            if not (sound and place < fresh) and isinstance(row, EnergyRow | StepsRow):
                 rows.add(msgspec.structs.replace(row))
-        elif operation == "nonsense":
+        elif operation == "nonsense" and not sound:
             _add_nonsense(rows, values[0])
     return rows.rows
 

@@ -16,7 +16,9 @@ from eadt.record.rows import (
     CheckpointRow,
     EndRow,
     EnergyRow,
+    FaultRow,
     GenerationRow,
+    LedgerRow,
     NodeRow,
     NoteRow,
     RollbackRow,
@@ -108,7 +110,7 @@ class Reference:
     # -- one row after the other ------------------------------------------------------------------------
 
     def read(self, row: AnyRow) -> None:
-        if isinstance(row, EnergyRow | StepsRow | TimeRow | NodeRow | GenerationRow):
+        if not isinstance(row, LedgerRow | SessionRow | NoteRow | FaultRow):
             self.has_content = True
         if isinstance(row, SessionRow):
             self.read_session(row)

@@ -139,7 +139,9 @@ def test_any_ledger_gives_the_figures_of_the_plain_reference(rows: list[AnyRow])
     assert missing.component_seconds == pytest.approx(wanted["not_measured_s"], abs=1e-4)
     assert missing.fraction == pytest.approx(wanted["not_measured_fraction"], abs=1e-6)
     assert missing.num_gaps == len(wanted["gaps"])
-    seen = [(gap.seconds * 1e6, gap.at_s, gap.node, gap.component, gap.reason) for gap in missing.longest]
+    seen = [
+        (round(gap.seconds * 1e6), gap.at_s, gap.node, gap.component, gap.reason) for gap in missing.longest
+    ]
     assert_same(sorted(plain(seen)), sorted(plain(wanted["gaps"])))
 
     seconds, time_parts = reference.seconds_by_use()

@@ -58,6 +58,9 @@ _MAX_UNUSABLE = 100
 _MAX_UNKNOWN_FRACTION = 0.05
 _EFFICIENCY_BINS = 120
 
+_BEFORE_A_SESSION = frozenset({LedgerRow, SessionRow, NoteRow, FaultRow})
+"""Rows that can come before the first session's own; others are of a session of which that was lost."""
+
 
 class _State(msgspec.Struct):
     """All that books know."""
@@ -121,41 +124,40 @@ class Books:
         """Book one row. Never raises: a row that makes no sense is named in :attr:`unusable`."""
         state = self._state
         state.num_rows += 1
+        kind = type(row)
+        if kind not in _BEFORE_A_SESSION:
+            state.common.sessions.present.has_content = True
         try:
-            if not self._handlers[type(row)](row):
+            if not self._handlers[kind](row):
                 state.num_dropped += 1
         except (Unusable, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
             state.num_unusable += 1
             if len(state.unusable) < _MAX_UNUSABLE:
                 why = str(error) if isinstance(error, Unusable) else repr(error)
                 state.unusable.append(f"{_name_of(row)} {getattr(row, 'seq', 0)}: {why}")
-        if type(row) is not LedgerRow:  # it comes before the row of the session that its file begins with
+        if kind is not LedgerRow:  # it comes before the row of the session that its file begins with
             state.common.sessions.hear(getattr(row, "unix_s", 0.0))
 
     # -- rows -------------------------------------------------------------------------------------------
 
     def _add_energy(self, row: EnergyRow) -> bool:
         state = self._state
-        state.common.sessions.present.has_content = True
         return state.energy.add(row, state.common)
 
     def _add_steps(self, row: StepsRow) -> bool:
         state = self._state
         session = state.common.session
-        session.has_content = True
         node = state.energy.nodes.get(row.node)
         is_here = node is not None and node.session == session.index
         return state.steps.add(row, node.to_session_s if node and is_here else None, state.common)
 
     def _add_time(self, row: TimeRow) -> bool:
         state = self._state
-        state.common.session.has_content = True
         state.time.add(row, state.common)
         return True
 
     def _add_node(self, row: NodeRow) -> bool:
         state = self._state
-        state.common.session.has_content = True
         if state.energy.meet(row, state.common):
             state.devices.begin_time_anew(row.node)
         return True
@@ -208,7 +210,6 @@ class Books:
         check_numbers(row.generation, row.setting)
         self._state.common.see(row.at_s)
         session = self._state.common.session
-        session.has_content = True
         self._state.common.parts.note(row, session.index)
         self._state.events.add_generation(row, session)
         return self._count(row)

@@ -312,7 +312,7 @@ class EnergyBook(msgspec.Struct):
         to_axis_s = node.to_session_s + session.offset_s
         from_s, to_s = (max(t + to_axis_s, 0.0) for t in (row.t0, row.t1))
         number = curves.place(from_s)
-        recovered_us = node.recovered_by(row) if row.recovered_s else {}
+        recovered_us = node.recovered_by(row, account.nulls) if row.recovered_s else {}
         if number == curves.place(to_s) and not recovered_us:
             from_t, to_t = (edge * curves.bin_s - to_axis_s for edge in (number, number + 1))
         else:

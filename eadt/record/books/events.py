@@ -104,6 +104,10 @@ class EventBook(msgspec.Struct):
         limit = session.limits.of(row.generation)
         if limit is not None and row.step > limit:
             return
+        known = self.validations.get(row.step)
+        owner = (session.index, row.generation)
+        if known is not None and (known.session, known.row.generation) > owner:
+            return  # of an older generation, late
         self.validations[row.step] = Validation(session.index, session.place_s(row.at_s), row)
         if len(self.validations) > _MAX_VALIDATIONS:
             for step in sorted(self.validations)[1 : _MAX_VALIDATIONS // 2 : 2]:

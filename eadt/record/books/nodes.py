@@ -229,7 +229,7 @@ class NodeBook(msgspec.Struct):
         }
         self.last_key = ""
 
-    def recovered_by(self, row: EnergyRow) -> dict[int, int]:
+    def recovered_by(self, row: EnergyRow, nulls: list[int]) -> dict[int, int]:
         """Time before a row that its energy covers too and that was not known, by component."""
         recovered_us: dict[int, int] = {}
         for number, component in enumerate(self.components):
@@ -237,7 +237,7 @@ class NodeBook(msgspec.Struct):
             seconds = row.recovered_s.get(name, 0.0)
             before_us = round(seconds * 1e6) if 0.0 < seconds < 1e9 else 0
             before_us = min(before_us, self.unknown_us.get(name, 0))
-            if before_us and row.joules[number] is not None:
+            if before_us and number not in nulls:
                 recovered_us[number] = before_us
         return recovered_us
 
