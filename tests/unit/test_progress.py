@@ -146,7 +146,11 @@ def test_a_nodes_transfers_are_bounded_by_progress_and_not_in_all(
                 await getattr(client, name)(*arguments)
         return transfer
 
-    seconds = asyncio.run(work()).clock.monotonic_s() - 1000.0
+    async def bounded() -> Transfer:
+        async with asyncio.timeout(20):
+            return await work()
+
+    seconds = asyncio.run(bounded()).clock.monotonic_s() - 1000.0
     assert seconds == (1000 * LOOK_S if moves else STALL_S + LOOK_S)
 
 
