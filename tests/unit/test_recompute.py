@@ -1,4 +1,4 @@
-"""``examples/recompute_energy.py`` agrees with ``Books`` on any ledger and reads what a run's folder holds."""
+"""``examples/recompute_energy.py`` agrees with ``Books`` on any ledger and reads a run's folder."""
 
 from __future__ import annotations
 
