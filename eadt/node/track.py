@@ -15,7 +15,7 @@ from eadt.units import Quality
 # Two readings of a counter at almost one moment may differ by a step of the counter, in J: RAPL's 1 ms at
 # 1 kW is 1 J. What a coarser counter may lag behind by is in its component's resolution.
 _COUNTER_STEP_J = 2.0
-# Entries of the history: as many as seconds in the half hour that it covers by default.
+# Entries of the history, or up to twice as many: about one a second of its usual half hour.
 _NUM_HISTORY = 1800
 # Less time than this without a value is rounding.
 _ROUNDING_S = 1e-6

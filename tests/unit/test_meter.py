@@ -44,10 +44,12 @@ class Scripted:
         self.gates: dict[str, threading.Event] = {}
         self.hanging = threading.Semaphore(0)
         self.calls: list[tuple[str, str]] = []
+        self.threads: list[tuple[str, int]] = []
 
     def read(self, component: Component) -> Reading:
         name = component.name
         self.calls.append((name, threading.current_thread().name))
+        self.threads.append((name, threading.get_ident()))
         gate = self.gates.get(name)
         if gate is not None and not gate.is_set():
             self.hanging.release()
@@ -296,6 +298,15 @@ class TestGaps:
         bench.source.energy_j["cpu"] = 200.0
         assert bench.cut(1.0)["cpu"].energy_j == 200.0
 
+    def test_a_source_that_says_its_counter_began_anew_is_believed(self, make):
+        bench = make().start(cpu=10.0)
+        bench.cut()
+        real_read = bench.source.read
+        bench.source.read = lambda component: real_read(component)._replace(series=1)
+        gap = bench.cut(1.0, cpu=5.0)["cpu"]
+        assert (gap.energy_j, gap.quality) == (0.0, None)
+        assert bench.cut(1.0, cpu=5.0)["cpu"].energy_j == 5.0
+
 
 class TestSilence:
     def silent(self, make, **options) -> Bench:
@@ -364,7 +375,8 @@ class TestSilence:
     def test_what_nothing_measures_is_unknown_from_the_start_and_never_called(self, clock):
         notes: list[tuple[str, str]] = []
         source = UnmeasuredSource([unknown_gpu("gpu0", "it is AMD's", "amd-1")], clock)
-        source.read = None
+        called: list[Component] = []
+        source.read = called.append
         meter = Meter([source], clock, on_note=lambda code, text: notes.append((code, text)))
         meter.start()
         clock.advance(5.0)
@@ -376,6 +388,7 @@ class TestSilence:
         assert meter.mean_power_w(["gpu0"], 1.0) is None
         assert notes == [("EADT-347", "gpu0: its energy is unknown: it is AMD's")]
         meter.stop()
+        assert called == []
 
     def test_between_two_readings_far_apart_nothing_is_silent(self, make):
         bench = make(interval_s=60.0).start()
@@ -507,6 +520,31 @@ class TestHanging:
             for _ in range(15):
                 bench.cut(0.001)
         assert max(worst) == 1
+
+    def test_a_thread_that_hung_keeps_to_its_own_card(self, make):
+        bench = self.hanging(make, "gpu0")
+        cut_while_hanging(bench)
+        hung = next(ident for name, ident in reversed(bench.source.threads) if name == "gpu0")
+        bench.source.threads.clear()
+        bench.source.gates["gpu0"].set()
+        wait_until(lambda: not bench.meter._readers._devices["gpu0"].is_late)
+        bench.cut(1.0)
+        assert {name for name, ident in bench.source.threads if ident == hung} == {"gpu0"}
+
+    def test_what_is_stopped_in_the_middle_of_a_round_calls_no_other_card(self, make):
+        bench = self.hanging(make, "gpu0")
+        stopping = threading.Thread(target=lambda: bench.meter.stop(DEADLINE_S / 2), daemon=True)
+        stopping.start()
+        assert bench.source.hanging.acquire(timeout=10.0)
+        bench.clock.advance(DEADLINE_S / 2)
+        stopping.join(10.0)
+        assert not stopping.is_alive()
+        num_calls = len(bench.source.calls)
+        reader = next(t for t in threading.enumerate() if t.name == "eadt-reader")
+        bench.source.gates["gpu0"].set()
+        reader.join(10.0)
+        assert not reader.is_alive()
+        assert len(bench.source.calls) == num_calls
 
     def test_stop_waits_for_no_call(self, make, clock):
         bench = self.hanging(make, "gpu2")
@@ -706,13 +744,14 @@ class TestMeanPower:
             assert (power and power[1]) == expected
 
     def test_history_is_bounded_at_any_rate(self, make):
-        bench = make(history_s=90.0).start()
-        for _ in range(3000):
-            bench.cut(0.1, cpu=3.0)
+        bench = make(history_s=4.5).start()
+        for _ in range(6000):
+            bench.cut(0.001, cpu=0.03)
         history = bench.meter._sums.tracks["cpu"]._history
-        assert len(history) <= 1802
-        assert history[0][0] >= bench.clock.monotonic_s() - 91.0
-        assert bench.meter.mean_power_w(["cpu"], 10.0) == (pytest.approx(30.0), Quality.MEASURED)
+        # Kept are every second or third of the 4500.
+        assert len(history) <= 2 * 1800
+        assert history[0][0] >= bench.clock.monotonic_s() - 4.6
+        assert bench.meter.mean_power_w(["cpu"], 1.0) == (pytest.approx(30.0), Quality.MEASURED)
 
 
 class TestLife:
@@ -766,7 +805,12 @@ class TestLife:
         source.energy_j["cpu"] = 0.0
         clock.advance(1.0)
         wait_until(lambda: heard == ["EADT-347", "EADT-348"])
+        source.energy_j["cpu"] = -1.0
+        clock.advance(1.0)
+        # Whoever cuts does not hear of it either.
+        meter.cut()
         meter.stop()
+        assert heard == ["EADT-347", "EADT-348", "EADT-347"]
 
     @pytest.mark.parametrize("answer", [None, "12 J", [1.0]])
     def test_survives_sources_that_answer_nonsense(self, clock, answer):
