@@ -50,6 +50,9 @@ class FakeCluster:
             raise EnvironmentFailure("Ray does not answer", code="EADT-301")
         return self
 
+    def is_joined(self) -> bool:
+        return False
+
     def disconnect(self) -> None: ...
 
     def devices(self, config: Any) -> Devices:
