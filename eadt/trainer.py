@@ -32,7 +32,7 @@ from eadt.control.presets import initial_setpoint, max_workers
 from eadt.control.setpoint import Setpoint
 from eadt.coordination.settings import RunSettings
 from eadt.errors import ConfigError, EadtError, EnvironmentFailure
-from eadt.report import Report, build_report, write_report
+from eadt.report import LEDGER_FOLDER, Report, build_report, write_report
 from eadt.training.checkpoint import (
     Manifest,
     RunFile,
@@ -156,6 +156,9 @@ class EnergyAdaptiveTrainer:
             f"global batch {settings.train_batch_size}, {settings.job.max_steps} steps"
         )
         folder = config.run_folder
+        kept = set_ledger_aside(folder, run_file)
+        if kept is not None:
+            self._note("EADT-261", f"the ledger of the run that was here before is kept in {kept}")
         run_file.write(folder)
         with cluster.start_run(config, settings, devices, self._on_event) as run, _ctrl_c(run.interrupt):
             self._cluster_run = run
@@ -451,6 +454,19 @@ def _that_can_hold(batch: int, setpoint: Setpoint, config: RunConfig, num_device
     if not counts:
         return setpoint
     return setpoint.with_(num_workers=counts[-1], workers_per_gpu=workers_per_device(counts[-1], num_devices))
+
+
+def set_ledger_aside(folder: Path, run_file: RunFile) -> Path | None:
+    """Keep the ledger of another run in this folder apart: a ledger is one run's, and so are its totals.
+
+    Returns:
+        Where it is now; ``None`` where there is none.
+    """
+    before = RunFile.read(folder)
+    ledger = folder / LEDGER_FOLDER
+    if before is None or before.run_id == run_file.run_id or not ledger.is_dir():
+        return None
+    return ledger.rename(folder / f"{LEDGER_FOLDER}-{before.run_id}")
 
 
 def versions() -> dict[str, str]:

@@ -68,7 +68,7 @@ class LedgerRow(Row, tag="ledger"):
 class SessionRow(Row, tag="session"):
     """A session of the run began: its start, or its going on after an interruption or a crash."""
 
-    run_id: Annotated[str, Meta(description="Id of the run, the same in all of its sessions.")]
+    run_id: Annotated[str, Meta(description="Id of the run; all sessions of a ledger have the same.")]
     name: Annotated[str, Meta(description="Name of the run.")]
     resumed_step: Annotated[
         int, Meta(description="Steps that were done already in the state that this session goes on from.")

@@ -24,8 +24,8 @@ from eadt.cluster import Devices
 from eadt.config import config_from_dict
 from eadt.coordination.settings import RunSettings
 from eadt.errors import ConfigError, EnvironmentFailure
-from eadt.trainer import EnergyAdaptiveTrainer
-from eadt.training.checkpoint import CheckpointStore, Storage
+from eadt.trainer import EnergyAdaptiveTrainer, set_ledger_aside
+from eadt.training.checkpoint import CheckpointStore, RunFile, Storage
 from eadt.training.state import StateLayout, StateSlot
 
 LAYOUT = StateLayout(("w",), ((4,),), ("fp32",))
@@ -424,3 +424,17 @@ def test_a_start_that_fails_at_ray_has_not_lost_its_run(runs: Runs) -> None:
     assert eadt_run(runs)[0] == 3
     runs.cluster.connects = True
     assert runs.start().run_id == first.run_id
+
+
+def test_the_ledger_of_another_run_in_the_folder_is_kept_apart(tmp_path: Path) -> None:
+    """As after `checkpoint.resume: never`: totals of two runs must not be added up."""
+    first = RunFile.begin("r", None)
+    first.write(tmp_path)
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "events-1.jsonl").write_text("{}\n")
+    assert set_ledger_aside(tmp_path, first) is None, "the same run goes on"
+    kept = set_ledger_aside(tmp_path, RunFile.begin("r", None, first.places))
+    assert kept == tmp_path / f"ledger-{first.run_id}"
+    assert (kept / "events-1.jsonl").read_text() == "{}\n"
+    assert not (tmp_path / "ledger").exists()
+    assert set_ledger_aside(tmp_path / "new", RunFile.begin("r", None)) is None
