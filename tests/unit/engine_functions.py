@@ -69,8 +69,9 @@ def fail_at_once(session: TrainingSession) -> None:
 
 
 def say_much_and_die(session: TrainingSession) -> None:
-    """Many events, the last of them just before the end."""
-    for number in range(2000):
+    """Events that the line can hold, the last of them just before the end."""
+    session._channel.send("first")
+    for number in range(100):
         session._channel.send("number", number=number)
     os.kill(os.getpid(), 9)
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,32 @@ def test_a_command_that_cannot_be_sent_fails_the_engine(engines: Engines) -> Non
 
 
 def test_what_an_engine_said_before_it_died_comes_before_its_end(engines: Engines) -> None:
+    def read_slowly(engine_id: str, kind: str) -> None:
+        if kind == "first":
+            wait_until(lambda: engines.pool.pid(engine_id) is None, "it does not die")
+
+    engines.on_event = read_slowly
     events = engines.to_the_end(engines.start("say_much_and_die"))
-    assert [values["number"] for kind, values in events[:-1]] == list(range(2000))
+    assert events.pop(0)[0] == "first"
+    assert [values["number"] for kind, values in events[:-1]] == list(range(100))
     assert events[-1][1]["status"] == -signal.SIGKILL
+
+
+def test_an_engine_that_fails_before_its_line_is_looked_at_says_why_all_the_same(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = engines.pool._serve_engine
+    pause = threading.Event()
+
+    def serve_late(connection: Connection, engine_id: str) -> None:
+        for _ in range(50):  # half a second, in which an engine that waited for nobody would have ended
+            if engine_id not in engines.pool._engines:
+                break
+            pause.wait(0.01)
+        serve(connection, engine_id)
+
+    monkeypatch.setattr(engines.pool, "_serve_engine", serve_late)
+    assert [kind for kind, _ in engines.to_the_end(engines.start("fail_at_once"))] == ["error", "exit"]
 
 
 def test_a_line_that_a_child_holds_open_does_not_hide_the_engines_end(engines: Engines) -> None:

@@ -206,8 +206,9 @@ def test_a_request_that_makes_no_sense_ends_its_own_connection_and_is_logged(
     assert sum("is given up" in record.getMessage() for record in caplog.records) == 4
 
 
-def test_stopping_frees_the_port_at_once(serve: Callable[..., StateServer]) -> None:
+def test_stopping_frees_the_port_at_once(serve: Callable[..., StateServer], slot_path: Path) -> None:
     server = serve()
+    read_over_network(server, slot_path)  # by then it waits for the next one
     address = server.address
     listening = {thread for thread in threading.enumerate() if thread.name == "eadt-state-server"}
     server.stop()
