@@ -10,7 +10,6 @@ in time joins the common thread again; a device that hung does so after it answe
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 from eadt.clock import Clock
 from eadt.errors import EadtError, TransientDeviceError
 from eadt.node.sensors import Component, PowerSource, Reading
-
-logger = logging.getLogger(__name__)
 
 # So many answers in time in a row, and a device that hung is read by the common thread again.
 _NUM_TRUSTED = 10
@@ -76,7 +73,7 @@ class Readers:
 
     Args:
         devices: What to read.
-        take: Gets each reading, in the reading thread, under ``lock``; must be quick.
+        take: Gets each reading, in the reading thread, under ``lock``; must be quick and not raise.
         lock: Guards what ``take`` changes, and the readers' own state.
         clock: Source of time.
         interval_s: Seconds between two readings of a device.
@@ -239,15 +236,9 @@ class Readers:
             elif device.num_to_prove:
                 device.num_to_prove -= 1
             if not self._is_stopping:
-                self._take_in(reading)
+                self._take(reading)
         if self._num_waiting:
             self._answers.notify_all()
-
-    def _take_in(self, reading: Reading) -> None:
-        try:
-            self._take(reading)
-        except Exception:
-            logger.exception("a reading of %s could not be taken in", reading.component.name)
 
     def _join_common(self, lane: _Lane) -> None:
         """A lane that ended its round in time gives its devices to the common one, or becomes it."""

@@ -46,6 +46,19 @@ _FIRST_REOPENING_S = 10.0
 _MOST_REOPENING_S = 320.0
 
 
+class _Card:
+    """One GPU and its counter: opening of the library and moment of the last reading, and the series."""
+
+    __slots__ = ("gpu", "has_counter", "last_s", "opening", "series")
+
+    def __init__(self, gpu: NvmlGpu, component: Component) -> None:
+        self.gpu = gpu
+        self.has_counter = component.source == "nvml_energy_counter"
+        self.opening: int | None = None
+        self.last_s = 0.0
+        self.series = 0
+
+
 class NvmlSource:
     """The GPUs of this node. One that can be read neither way is answered as unknown, never left out.
 
@@ -59,11 +72,10 @@ class NvmlSource:
         self._nvml = nvml
         self._clock = clock
         self._components = tuple(_describe(gpu) for gpu in gpus)
-        self._gpus = dict(zip((component.name for component in self._components), gpus, strict=True))
-        # Of each counter: opening of the library and moment of its last reading, and its series.
-        self._opening: dict[str, int] = {}
-        self._last_s: dict[str, float] = {}
-        self._series: dict[str, int] = {}
+        self._cards = {
+            component.name: _Card(gpu, component)
+            for component, gpu in zip(self._components, gpus, strict=True)
+        }
         # Cards whose last call failed as after a restart of the driver.
         self._gone: set[str] = set()
         self._reopening = threading.Lock()
@@ -83,21 +95,21 @@ class NvmlSource:
     @property
     def gpus(self) -> dict[str, NvmlGpu]:
         """The GPUs by component; calls to them may block."""
-        return self._gpus
+        return {name: card.gpu for name, card in self._cards.items()}
 
     def read(self, component: Component) -> Reading:
         """See :class:`eadt.node.sensors.PowerSource`.
 
         Where the driver was restarted, the library is opened anew here, in the thread that reads.
         """
-        gpu = self._gpus[component.name]
+        card = self._cards[component.name]
         opening = self._nvml.opening
         energy_j = power_w = None
         try:
-            if component.source == "nvml_energy_counter":
-                energy_j = gpu.energy_j()
-            elif component.source == "nvml_power":
-                power_w = gpu.power_w()
+            if card.has_counter:
+                energy_j = card.gpu.energy_j()
+            elif component.quality is not None:
+                power_w = card.gpu.power_w()
         except EadtError as error:
             if self._nvml.seems_gone(error):
                 self._reopen(component.name)
@@ -105,23 +117,14 @@ class NvmlSource:
         if self._gone:
             self._is_back(component.name)
         at_s = self._clock.monotonic_s()
-        series = 0 if energy_j is None else self._series_of(component, opening, at_s, energy_j)
-        return Reading(component, at_s, energy_j, power_w, None, series)
-
-    def _series_of(self, component: Component, opening: int, at_s: float, energy_j: float) -> int:
-        """Counts the beginnings of a card's counter.
-
-        After the library was opened anew a counter that is larger than before may have gone on; one so
-        small that the card can have drawn it since the last reading may as well have begun at zero.
-        """
-        name = component.name
-        if self._opening.setdefault(name, opening) != opening:
-            self._opening[name] = opening
-            assert component.greatest_power_w is not None
-            if energy_j <= component.greatest_power_w * (at_s - self._last_s[name]):
-                self._series[name] = self._series.get(name, 0) + 1
-        self._last_s[name] = at_s
-        return self._series.get(name, 0)
+        if energy_j is not None:
+            if card.opening is not None and card.opening != opening:
+                # A counter that is larger than before may have gone on; one so small that the card can have
+                # drawn it since the last reading may as well have begun at zero.
+                assert component.greatest_power_w is not None
+                card.series += energy_j <= component.greatest_power_w * (at_s - card.last_s)
+            card.opening, card.last_s = opening, at_s
+        return Reading(component, at_s, energy_j, power_w, None, card.series)
 
     def _reopen(self, name: str) -> None:
         """Open the library anew if a second call in a row failed so, and not too often."""
