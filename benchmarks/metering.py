@@ -2,25 +2,24 @@
 
     python benchmarks/metering.py [--json] [--save]
 
-Takes about four minutes. Every source that this machine has is measured, and some that every machine has: the
+Takes about five minutes. Every source that this machine has is measured, and some that every machine has: the
 CPU estimate, simulated GPUs, and the NVML source on a fake library of 8 GPUs, whose aim is 0.1 % of a core at
 10 Hz at most. Rivals in the same runs: a sampler as it is usually written with psutil (utilisation per core,
-memory and load, kept as one dict per sample), the same with `pynvml` on the same fake, codecarbon's where it is
-installed, and `nvidia-smi` where there is one.
+memory and load, kept as one dict per sample), the same with `pynvml` on the same fake, codecarbon's where it
+is installed, and `nvidia-smi` where there is one.
 
-The fake library's own work is in the figures that use it. It is measured alone (``baseline: the fake alone``),
-and so is a thread that wakes up and does nothing, which no sampler can do without; what is left after the
-fake's part is printed too. What a real driver takes for a reading is in none of these figures.
+The fake library's own work is in the figures that use it. It is measured alone (``baseline: the fake
+alone``), and so is a thread that wakes up and does nothing, which no sampler can do without; what is left
+after the fake's part is printed too. What a real driver takes for a reading is in none of these figures.
 
-Two measurements, each in interleaved runs. The share of a core: CPU time of the whole process while readings go
-on at their real rate, with cold caches and wake-ups, without the threads' start and end. The cut: its duration
-as its caller sees it and the CPU time that it costs; for rivals, those of one call.
+Two measurements, each in interleaved runs. The share of a core: CPU time of the whole process while readings
+go on at their real rate, with cold caches and wake-ups, without the threads' start and end. The cut: its
+duration as its caller sees it and the CPU time that it costs; for rivals, those of one call.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -364,7 +363,7 @@ def table(result: dict[str, Any]) -> str:
     runs = own["core_share_percentage_of_runs"]["10_hz"]
     lines.append(
         f"{own['sampler']} at 10 Hz without the fake's own part: "
-        f"{own['core_share_percentage']['10_hz']:.3f} % ({min(runs):.3f} to {max(runs):.3f}), a wake-up included"
+        f"{own['core_share_percentage']['10_hz']:.3f} % ({min(runs):.3f} to {max(runs):.3f}), wake-up and all"
     )
     lines.append(
         "1 and 10 Hz: percentage of one core. Call: a cut of EADT's meter, or one sample of a rival."

@@ -65,8 +65,8 @@ class ComponentTotal:
 class _Sums:
     """What the reading threads write to. Does not know the meter, which may go while a thread hangs.
 
-    Readings wait until somebody asks, or until there are many: to take in many at once costs a fifth of
-    taking in each by itself, for which the processor's caches are cold.
+    Readings wait until somebody asks, or until there are many: to take in many at once costs less than to
+    take in each by itself, for which the processor's caches are cold.
     """
 
     def __init__(self) -> None:
