@@ -605,13 +605,14 @@ def test_stale_joules_are_told_by_their_quality() -> None:
 # -- memory of what can be undone -------------------------------------------------------------------------
 
 
-def undoable_rows(num: int, saved: list[int]) -> RowList:
-    """One joule in each of ``num`` rows of a step each, with checkpoints."""
+def undoable_rows(num: int, saved: list[int], after_j: float = 1.0) -> RowList:
+    """One joule in each of ``num`` rows of a step each, ``after_j`` in the 10 after each checkpoint."""
     rows = begun()
     for step in range(num):
         if step in saved:
             rows.add(CheckpointRow(step=step))
-        rows.energy(float(step), step + 1.0, "useful", 1.0, step=step, shared={"input": 0.25})
+        joules = after_j if any(step - number in range(10) for number in saved) else 1.0
+        rows.energy(float(step), step + 1.0, "useful", joules, step=step, shared={"input": 0.25})
     return rows
 
 
@@ -620,15 +621,16 @@ def test_a_rollback_to_any_saved_step_is_exact_however_long_ago(back: int) -> No
     num = 6000
     saved = [2600, 5000, 5500]
     target = num - back if back == 3 else back
-    rows = undoable_rows(num, saved)
+    rows = undoable_rows(num, saved, after_j=5.0)
     books = books_of(rows)
     (node,) = books._state.energy.nodes.values()
     assert node.undoable.num_rows + len(node.undoable.old) < 2100
     rows.rollback(1, target)
     books.add(rows.rows[-1])
-    assert by_use(books) == {"useful": 0.75 * target, "input": 0.25 * target, "lost": float(num - target)}
-    assert books.shared_out_j == {"input": 0.25 * target}
-    assert books.settings()[-1].useful_j == 0.75 * target
+    kept_j = target + 40.0 * sum(number < target for number in saved)
+    assert by_use(books) == {"useful": 0.75 * kept_j, "input": 0.25 * kept_j, "lost": num + 120.0 - kept_j}
+    assert books.shared_out_j == {"input": 0.25 * kept_j}
+    assert books.settings()[-1].useful_j == 0.75 * kept_j
 
 
 def test_a_rollback_into_the_middle_of_what_was_added_up_takes_its_fraction_and_says_so() -> None:
