@@ -50,7 +50,7 @@ class _Lane:
         # The newest request for which it was seen that all devices have answered.
         self.looked = 0
         self.thread: threading.Thread | None = None
-        # Locked while nobody has rung. A condition variable would do, at twice the price of a wake-up.
+        # Locked while nobody has rung. A condition variable would do too, but wakes up at a higher price.
         self._bell = threading.Lock()
         self._bell.acquire()
 
