@@ -335,7 +335,7 @@ class Meter:
                 code, text = self._sums.notes.popleft()
             except IndexError:  # somebody else said it
                 return
-            logger.warning("%s: %s", code, text)
+            logger.info("%s: %s", code, text)
             if self._on_note is None:
                 continue
             try:
