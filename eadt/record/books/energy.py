@@ -428,7 +428,7 @@ class EnergyBook(msgspec.Struct):
             name = component.component
             use = row.uses.get(name, row.use)
             before = node.uses.get(name)
-            if before is not None and before != use and us > 0 and number not in account.nulls:
+            if before is not None and before != use and us > 0:
                 power_w = energies_mj[number] * 1e3 / us
                 variance_j2 = (power_w * component.resolution_s) ** 2
                 for either in (before, use):
