@@ -4,9 +4,9 @@ Owns: the open interval, what the node is doing, which components are its to boo
 Must not: read a device (the meter does), or know Ray. What the node does is told from other threads and
 carried out in order by the booking's own, so that nobody ever waits for a sensor.
 
-An interval ends where the use, the generation, the setting or the components change, else every
-``interval_s``. A phase that is shorter than the sensors can resolve is not cut out: its part of the
-interval's time is written down instead (``shared``), and the reader shares the energy out by it.
+An interval ends where the use, the generation, the setting or the components change or a state is saved,
+else every ``interval_s``. A phase that is shorter than the sensors can resolve is not cut out: its part of
+the interval's time is written down instead (``shared``), and the reader shares the energy out by it.
 """
 
 from __future__ import annotations
@@ -312,7 +312,9 @@ class NodeBooking:
         if interval is None or (new.use == before.use and new.is_labelled_as(before)):
             return
         resolution_s = max([_LEAST_S, *(c.resolution_s for c in self._columns if c.quality is not None)])
-        if new.is_labelled_as(before) and at_s - interval.since_s < resolution_s:
+        # What comes after a save is lost if the run goes back to it: no interval lies across its begin.
+        is_save = new.use == "checkpoint" and new.step > interval.doing.step
+        if new.is_labelled_as(before) and not is_save and at_s - interval.since_s < resolution_s:
             interval.end_part(before.use, at_s)
             return
         if self._clock.monotonic_s() - at_s > _LATE_S:  # a sensor kept this thread waiting

@@ -175,6 +175,24 @@ def test_a_phase_that_the_sensors_cannot_resolve_is_shared_out() -> None:
     assert rows[1].step == 100, "what comes after the save is lost if the run goes back to it"
 
 
+def test_a_save_is_always_a_boundary_since_what_comes_after_it_can_be_lost() -> None:
+    """Right after another cut too: else ten seconds after the save would count as done before it."""
+    node = Node()
+    node.meter_all()
+    node.train(step=4)
+    node.after(0.02)
+    node.booking.become("checkpoint", step=8)
+    node.after(0.0)
+    node.after(0.01)
+    node.booking.become("useful", step=8)
+    node.after(0.0)
+    node.after(5.0)
+    rows = node.end()
+    assert [(row.step, row.use, round(row.t1 - row.t0, 3)) for row in rows] == [
+        (4, "useful", 0.02), (8, "useful", 5.01),
+    ]  # fmt: skip
+
+
 def test_a_change_that_is_carried_out_late_is_put_where_it_belongs() -> None:
     node = Node()
     node.meter_all()
