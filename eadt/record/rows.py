@@ -134,7 +134,7 @@ class NodeRow(Row, tag="node"):
 class EnergyRow(Row, tag="energy"):
     """What one node used between two readings.
 
-    An interval ends where the use, the phase or the setting changes, else every
+    An interval ends where the use, the phase or the setting changes and where a state is saved, else every
     ``power.booking_interval`` s.
     """
 
