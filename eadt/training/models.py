@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,11 @@ _SHAPES = re.compile("size of tensor|[Ss]hape|broadcast|must match|mat1|size mis
 """What torch says of tensors that do not fit together."""
 
 
+# To leave initial weights out transformers takes torch's initialisers away for a while, for all threads: two
+# at once would put back what the other had taken away, and no model would have initial weights any more.
+_building = threading.RLock()
+
+
 def build_model(
     training: TrainingConfig,
     vocab_size: int,
@@ -64,6 +70,16 @@ def build_model(
             tokenizer or the sequence length.
         EnvironmentFailure: It would have to come from the hub, which cannot be reached.
     """
+    with _building:
+        model = _built(training, vocab_size, seed, meta=meta, initialise=initialise)
+    model.train()
+    if training.gradient_checkpointing:
+        # The non-reentrant kind gives the same losses under ZeRO-3 (tried with DeepSpeed 0.19.8).
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _built(training: TrainingConfig, vocab_size: int, seed: int, *, meta: bool, initialise: bool) -> Any:
     from transformers import initialization
 
     config = model_configuration(training, vocab_size)
@@ -82,10 +98,6 @@ def build_model(
             # Not torch.manual_seed: that would change the GPUs' random states too.
             torch.default_generator.manual_seed(seed)
             model = _from_config(config, attention)
-    model.train()
-    if training.gradient_checkpointing:
-        # The non-reentrant kind gives the same losses under ZeRO-3 (tried with DeepSpeed 0.19.8).
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

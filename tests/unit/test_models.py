@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 
 import pytest
 import torch
@@ -429,3 +430,21 @@ def test_without_network_a_hub_model_is_given_up_at_once(tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFailure, match="cannot be reached") as caught:
         build_model(training(model_name_or_path="EleutherAI/pythia-410m"), VOCAB)
     assert "model_name_or_path" in caught.value.fix
+
+
+def test_models_that_are_built_in_two_threads_at_once_leave_torchs_initialisers_in_place() -> None:
+    """transformers takes them away for all threads while it builds a model without initial weights."""
+    before = torch.nn.init.normal_
+    threads = [
+        threading.Thread(
+            target=lambda: [build_model(training(NEOX), VOCAB, initialise=False) for _ in range(30)],
+            daemon=True,
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+        assert not thread.is_alive()
+    assert torch.nn.init.normal_ is before
