@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eadt.record.books import Books
+from eadt.record.books import books as books_module
 from eadt.record.books import job_time as job_time_module
 from eadt.record.books.books import Books as SameBooks
 from eadt.record.books.curves import MAX_BINS
@@ -224,7 +225,7 @@ def test_asking_between_rows_and_keeping_the_state_changes_no_figure(
 
 def test_state_of_another_version_is_refused() -> None:
     state = msgspec.msgpack.decode(Books().to_state())
-    state["version"] += 1
+    state["version"] = "0-of-another-make"
     with pytest.raises(ValueError, match="version"):
         Books.from_state(msgspec.msgpack.encode(state))
     for bad in (b"", b"junk", msgspec.msgpack.encode({"version": 1, "energy": 5})):
@@ -1151,3 +1152,22 @@ def test_the_pretended_run_adds_up() -> None:
     with pytest.raises(ValueError, match="colour"):
         books.energy_by("colour")
     assert isinstance(a_run()[3], NodeRow)
+
+
+def test_a_state_of_books_with_other_fields_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be read with what it does not have left empty, and a report be made of that."""
+    kept = Books().to_state()
+    Books.from_state(kept)
+
+    class StepBook(books_module.StepBook):
+        one_more: int = 0
+
+    monkeypatch.setitem(books_module._State.__annotations__, "steps", StepBook)
+    books_module.state_version.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="state of version"):
+            Books.from_state(kept)
+    finally:
+        monkeypatch.undo()
+        books_module.state_version.cache_clear()
+    assert Books.from_state(kept).num_rows == 0

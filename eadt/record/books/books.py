@@ -6,8 +6,10 @@ devices. ``docs/ledger.md`` states the rules that the books follow.
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -54,6 +56,8 @@ from eadt.record.rows import (
 from eadt.units import Quantity
 
 _STATE_VERSION = 1
+"""Counts up when the same fields mean something else; other fields are told apart by themselves."""
+
 _MAX_UNUSABLE = 100
 _MAX_UNKNOWN_FRACTION = 0.05
 _EFFICIENCY_BINS = 120
@@ -65,7 +69,7 @@ _BEFORE_A_SESSION = frozenset({LedgerRow, SessionRow, NoteRow, FaultRow})
 class _State(msgspec.Struct):
     """All that books know."""
 
-    version: int = _STATE_VERSION
+    version: str = ""
     num_rows: int = 0
     num_dropped: int = 0
     num_unusable: int = 0
@@ -79,7 +83,31 @@ class _State(msgspec.Struct):
 
 
 class _Version(msgspec.Struct):
-    version: int
+    version: str
+
+
+@functools.cache
+def state_version() -> str:
+    """Version of what :meth:`Books.to_state` gives, from its number and from the fields of all its parts.
+
+    So that books of another make are never taken for these with some of their figures left out.
+    """
+    layout: list[str] = []
+    waiting: list[Any] = [_State]
+    seen: set[Any] = set()
+    while waiting:
+        kind = waiting.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        waiting.extend(get_args(kind))
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            hints = get_type_hints(kind)
+            layout.append(
+                f"{kind.__name__}: {', '.join(f'{name} {hints[name]}' for name in kind.__struct_fields__)}"
+            )
+            waiting.extend(hints[name] for name in kind.__struct_fields__)
+    return f"{_STATE_VERSION}-{zlib.crc32(chr(10).join(sorted(layout)).encode()):08x}"
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -562,6 +590,7 @@ class Books:
 
     def to_state(self) -> bytes:
         """Everything, for :meth:`from_state`."""
+        self._state.version = state_version()
         return _ENCODER.encode(self._state)
 
     @classmethod
@@ -573,8 +602,8 @@ class Books:
         """
         try:
             version = msgspec.msgpack.decode(state, type=_Version).version
-            if version != _STATE_VERSION:
-                raise ValueError(f"state of version {version}; this is version {_STATE_VERSION}")
+            if version != state_version():
+                raise ValueError(f"state of version {version}; this is version {state_version()}")
             kept = msgspec.msgpack.decode(state, type=_State)
         except msgspec.MsgspecError as error:
             raise ValueError(f"no state of books: {error}") from error
