@@ -203,7 +203,8 @@ If the unknown time of what a figure is made of is more than 0.1 % of all its co
 - If numbers between steps that count are missing, a crash took their rows: a later number proves that they
   were done. They count with `train_batch_size` samples each (times `sequence_length` for tokens); their
   loss is unknown. So do numbers up to the `resumed_step` of a `session` or `rollback` row.
-- *Joules per sample* is all energy over the samples that count, *per token* likewise; *useful joules per
+- *Joules per sample* is all energy over the samples that count (in a session without an end: of the steps
+  that had ended when the newest interval of energy did), *per token* likewise; *useful joules per
   sample* is the energy whose use is `useful` over the same samples. If a step that counts does not say its
   samples, they are unknown.
 

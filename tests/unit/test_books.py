@@ -23,10 +23,15 @@ from eadt.record.rows import (
     CheckpointRow,
     DecisionRow,
     DevicesRow,
+    EndRow,
+    EnergyRow,
     GenerationRow,
     LedgerRow,
+    MeteredComponent,
     NodeRow,
     ObservationRow,
+    SessionRow,
+    StepsRow,
     decode,
     encode,
 )
@@ -1171,3 +1176,28 @@ def test_a_state_of_books_with_other_fields_is_refused(monkeypatch: pytest.Monke
         monkeypatch.undo()
         books_module.state_version.cache_clear()
     assert Books.from_state(kept).num_rows == 0
+
+
+def test_joules_per_sample_leave_out_steps_whose_energy_is_not_booked_yet() -> None:
+    """Energy comes some seconds after its steps: else a run would look better while it goes on."""
+    rows = RowList()
+    rows.add(SessionRow(run_id="r", name="r", train_batch_size=10))
+    cpu = MeteredComponent(component="cpu", source="rapl", quality="measured")
+    rows.add(NodeRow(node="a", boot_id="b", components=[cpu]))
+    steps = {"node": "a", "generation": 1, "setting": 1, "loss": [1.0] * 4, "learning_rate": [0.1] * 4}
+    rows.add(
+        StepsRow(first_step=1, t0=[0.0, 1.0, 2.0, 3.0], seconds=[1.0] * 4, samples=10, tokens=100, **steps)
+    )
+    rows.add(EnergyRow(node="a", t0=0.0, t1=2.0, use="useful", joules=[60.0], generation=1, setting=1))
+    books = books_of(rows.rows)
+    per_sample, per_token = books.joules_per_sample(), books.joules_per_token()
+    assert per_sample is not None
+    assert per_token is not None
+    assert (per_sample.value, per_token.value) == (3.0, 0.3), "of two steps, not of four"
+    rows.add(
+        EnergyRow(node="a", t0=2.0, t1=4.0, use="useful", joules=[60.0], step=2, generation=1, setting=1)
+    )
+    rows.add(EndRow(status="completed", at_s=4.0))
+    ended = books_of(rows.rows).joules_per_sample()
+    assert ended is not None
+    assert ended.value == 3.0

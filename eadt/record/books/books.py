@@ -406,16 +406,25 @@ class Books:
         return {cell: energy_mj / 1e3 for cell, energy_mj in sorted(self._tabulated().cells_mj.items())}
 
     def joules_per_sample(self) -> Quantity | None:
-        """All energy over the samples that count, in J."""
-        return _over(self.energy(), self.samples)
+        """All energy over the samples that count, in J; while the run goes on, of what is booked of both."""
+        return _over(self.energy(), self._metered(self.samples))
 
     def joules_per_token(self) -> Quantity | None:
-        """All energy over the tokens that count, in J."""
-        return _over(self.energy(), self.tokens)
+        """All energy over the tokens that count, in J; see :meth:`joules_per_sample`."""
+        return _over(self.energy(), self._metered(self.tokens))
 
     def useful_joules_per_sample(self) -> Quantity | None:
-        """Useful energy over the samples that count, in J."""
-        return _over(self.energy_by("use").get("useful"), self.samples)
+        """Useful energy over the samples that count, in J; see :meth:`joules_per_sample`."""
+        return _over(self.energy_by("use").get("useful"), self._metered(self.samples))
+
+    def _metered(self, count: int | None) -> float | None:
+        """Of samples or tokens, those of steps whose energy has been booked: it comes some seconds later."""
+        session, num_steps = self._state.common.session, self.optimizer_steps
+        if count is None or session.ended or not num_steps:
+            return count
+        booked_s = session.offset_s + session.metered_s
+        late = sum(p.session == session.index and p.at_s > booked_s for p in self._state.steps.recent)
+        return count * max(num_steps - late, 0) / num_steps
 
     def mean_power_w(self) -> Quantity | None:
         """Mean power in W over the run; ``None`` where more than 5 % was not measured."""
@@ -652,7 +661,7 @@ class Books:
         return None if max_steps is None else max(max_steps - self.step, 0)
 
 
-def _over(quantity: Quantity | None, divisor: int | None) -> Quantity | None:
+def _over(quantity: Quantity | None, divisor: float | None) -> Quantity | None:
     return quantity.over(divisor) if quantity is not None and divisor else None
 
 
