@@ -99,8 +99,7 @@ def _from_ledger(folder: Path, kind: type[B], why: str) -> OpenedLedger[B]:
     # Sizes before reading: what another writer appends meanwhile makes the next opening read all again.
     covered = {file.number: file.size_bytes() for file in files}
     for file in files:
-        for row in rows_of_file(file, damage):
-            books.add(row)
+        _add(books, rows_of_file(file, damage))
     return OpenedLedger(books, damage, covered, why)
 
 
@@ -121,14 +120,17 @@ def _from_digest(folder: Path, kind: type[B]) -> OpenedLedger[B]:
         raise NoDigestError("the file that the digest ends in is missing")
     for file in files:
         if file.number == position.file:
-            rows = rows_of(file, _after(position, file), position.num_lines + 1, damage)
+            _add(books, rows_of(file, _after(position, file), position.num_lines + 1, damage))
         elif file.number > position.file:
-            rows = rows_of_file(file, damage)
-        else:
-            continue
-        for row in rows:
-            books.add(row)
+            _add(books, rows_of_file(file, damage))
     return OpenedLedger(books, damage, sizes)
+
+
+def _add(books: AddsUp, lists: Iterator[list[AnyRow]]) -> None:
+    add = books.add
+    for rows in lists:
+        for row in rows:
+            add(row)
 
 
 def _after(position: Position, file: LedgerFile) -> Iterator[bytes]:

@@ -63,7 +63,8 @@ def iter_ledger(folder: Path, damage: Damage | None = None) -> Iterator[AnyRow]:
     """
     damage = Damage() if damage is None else damage
     for file in list_files(folder, damage):
-        yield from rows_of_file(file, damage)
+        for rows in rows_of_file(file, damage):
+            yield from rows
 
 
 def list_files(folder: Path, damage: Damage) -> list[LedgerFile]:
@@ -79,13 +80,15 @@ def list_files(folder: Path, damage: Damage) -> list[LedgerFile]:
     return files
 
 
-def rows_of_file(file: LedgerFile, damage: Damage) -> Iterator[AnyRow]:
-    """The rows of one file, unless it is of a newer version."""
+def rows_of_file(file: LedgerFile, damage: Damage) -> Iterator[list[AnyRow]]:
+    """The rows of one file, some thousand at a time, unless it is of a newer version."""
     damage.num_files += 1
     yield from rows_of(file, file.pieces(), 1, damage)
 
 
-def rows_of(file: LedgerFile, pieces: Iterator[bytes], first_line: int, damage: Damage) -> Iterator[AnyRow]:
+def rows_of(
+    file: LedgerFile, pieces: Iterator[bytes], first_line: int, damage: Damage
+) -> Iterator[list[AnyRow]]:
     """The rows in the pieces of a file, the first of which begins with line ``first_line``."""
     number = first_line
     rest = b""
@@ -98,14 +101,14 @@ def rows_of(file: LedgerFile, pieces: Iterator[bytes], first_line: int, damage: 
                 damage.newer.append(f"{file.name}: version {version}")
                 return
             num_lines = block.count(b"\n")
-            yield from _rows_of_block(block, num_lines, file.name, number, damage)
+            yield _rows_of_block(block, num_lines, file.name, number, damage)
             number += num_lines
     except UnreadableError as error:
         damage.unreadable.append(f"{error} (read up to line {number - 1})")
     if rest.strip():
         row = parse(rest, f"{file.name}:{number}", damage, torn_file=file.name)
         if row is not None:
-            yield row
+            yield [row]
 
 
 def parse(line: bytes, place: str, damage: Damage, torn_file: str = "") -> AnyRow | None:
