@@ -418,20 +418,23 @@ def measure_here(what: str, folder: Path) -> dict[str, Any]:
         "rows": read_rows,
         "rival": rival,
     }
-    begun_s = time.perf_counter()
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     found = measures[what](folder)
-    seconds = time.perf_counter() - begun_s
+    seconds, cpu_seconds = time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
     # Of this process alone; getrusage would have its parent's in it.
     status = Path("/proc/self/status").read_text()
     peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"seconds": seconds, "peak_bytes": peak_kib * 1024, **found}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_kib * 1024, **found}
 
 
 def measure(what: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", what, "--folder", str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
-    say(f"  {what}: {result['seconds']:.1f} s, {result['peak_bytes'] / 2**20:.0f} MiB")
+    say(
+        f"  {what}: {result['seconds']:.1f} s, {result['cpu_seconds']:.1f} s of a core, "
+        f"{result['peak_bytes'] / 2**20:.0f} MiB"
+    )
     return result
 
 
@@ -472,13 +475,15 @@ def size(days: float, arguments: argparse.Namespace, folder: Path) -> dict[str, 
     for found in of_runs["books"]:
         if found["energy_j"] != written["energy_mj"] / 1000:
             raise SystemExit(f"the books are wrong: {found['energy_j']} J, not {written['energy_mj'] / 1000}")
+    measured = ("seconds", "cpu_seconds", "peak_bytes")
     median = {
         what: {
             "seconds": statistics.median(found["seconds"] for found in all_found),
             "seconds_of_runs": [found["seconds"] for found in all_found],
+            "cpu_seconds_of_runs": [found["cpu_seconds"] for found in all_found],
             "peak_bytes": statistics.median(found["peak_bytes"] for found in all_found),
             "peak_bytes_of_runs": [found["peak_bytes"] for found in all_found],
-            "found": {k: v for k, v in all_found[0].items() if k not in ("seconds", "peak_bytes")},
+            "found": {k: v for k, v in all_found[0].items() if k not in measured},
         }
         for what, all_found in of_runs.items()
     }
