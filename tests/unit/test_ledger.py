@@ -681,15 +681,6 @@ def compressed_ledger(folder: Path) -> Path:
     return folder / "events-1.jsonl.gz"
 
 
-def test_reading_that_is_given_up_leaves_no_thread_behind(tmp_path: Path) -> None:
-    compressed_ledger(tmp_path)
-    rows = iter_ledger(tmp_path)
-    next(rows)
-    assert any("eadt-inflate" in thread.name for thread in threading.enumerate())
-    rows.close()  # type: ignore[attr-defined]
-    assert not any("eadt-inflate" in thread.name for thread in threading.enumerate())
-
-
 def test_a_compressed_file_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     path = compressed_ledger(tmp_path)
     data = path.read_bytes()

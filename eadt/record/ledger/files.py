@@ -8,7 +8,6 @@ import os
 import re
 import zlib
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -75,7 +74,7 @@ class LedgerFile:
             with self._open() as source:
                 name = Path(source.name).name
                 if name.endswith(".gz"):
-                    yield from _skip(_ahead(_inflate(source)), offset)
+                    yield from _skip(_inflate(source), offset)
                 else:
                     source.seek(offset)
                     while piece := source.read(_PIECE_BYTES):
@@ -176,15 +175,6 @@ def _inflate(source: BinaryIO) -> Iterator[bytes]:
     yield inflate.flush()
     if not inflate.eof:
         raise EOFError("ends before its end: the compressed data was cut off")
-
-
-def _ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same pieces, each made in a thread while its reader works on the one before."""
-    with ThreadPoolExecutor(1, thread_name_prefix="eadt-inflate") as thread:
-        coming = thread.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = thread.submit(next, pieces, None)
-            yield piece
 
 
 def _salvage(inflate: zlib._Decompress, data: bytes) -> Iterator[bytes]:
